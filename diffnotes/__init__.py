@@ -1,0 +1,41 @@
+"""Diffusion models, each equation derived, implemented and checked: ``import diffnotes as dn``.
+
+The names below are what most programs need, in the order of the book; everything else is at
+``diffnotes.<module>``.
+"""
+
+__version__ = "0.1.0"
+
+from .checks import check, check_mc, check_symbolic
+from .mixtures import Empirical, Gaussian, GaussianMixture
+from .processes import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    Discrete,
+    Flow,
+    SubVP,
+    cosine_betas,
+    linear_betas,
+)
+from .denoisers import Denoiser, guided, posterior
+from .ddpm import ancestral, variational_bound
+from .samplers import sample, time_grid
+from .data import digits
+from .networks import MLP, UNet
+from .training import loss, train
+from .pretrained import load, load_pretrained, save
+
+__all__ = [
+    "check", "check_mc", "check_symbolic",
+    "Gaussian", "GaussianMixture", "Empirical",
+    "VP", "VE", "SubVP", "Cosine", "EDM", "Flow", "Discrete", "linear_betas", "cosine_betas",
+    "Denoiser", "posterior", "guided",
+    "ancestral", "variational_bound",
+    "sample", "time_grid",
+    "digits",
+    "MLP", "UNet",
+    "loss", "train",
+    "save", "load", "load_pretrained",
+]

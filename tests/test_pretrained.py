@@ -1,0 +1,471 @@
+"""Saved denoisers: bit-equal round trips, failures at every moment, files that are not ours."""
+
+import builtins
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffnotes import networks, pretrained, processes
+from diffnotes.denoisers import Denoiser, guided
+from diffnotes.mixtures import Empirical
+from diffnotes.pretrained import list_pretrained, load, load_pretrained, read_config, save
+from diffnotes.processes import EDM, VE, VP, Cosine, Discrete, Flow, SubVP
+
+WEIGHTS, CONFIG, PREVIOUS = "model.safetensors", "config.json", "model.safetensors.previous"
+
+
+def stirred(net):
+    """The network with no weight left at its initial zero."""
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+def mlp(seed=0, **sizes):
+    torch.manual_seed(seed)
+    return stirred(networks.MLP(2, **{"hidden": 16, "depth": 1, **sizes}))
+
+
+def make(seed=0, process=None, predicts="v", **options):
+    return Denoiser(mlp(seed), process or VP(), predicts, (2,), **options)
+
+
+def same(one, other):
+    """Same conventions, and bit for bit the same weights."""
+    names = ("process", "predicts", "time", "shape", "sigma_data", "dtype")
+    told = all(getattr(one, name) == getattr(other, name) for name in names)
+    weights, others = one.net.state_dict(), other.net.state_dict()
+    equal = [torch.equal(weights[k], others[k]) for k in weights]
+    return told and weights.keys() == others.keys() and all(equal)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def saved(folder):
+    save(make(), folder)
+    return folder
+
+
+# --- Round trips --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        VP(0.2, 15.0), SubVP(), VE(0.02, 40.0), EDM(0.001, 90.0), Cosine(), Flow(),
+        Discrete(processes.linear_betas(50)), Discrete(processes.cosine_betas(1000)),
+    ],
+    ids=lambda process: type(process).__name__,
+)
+def test_every_process(process, folder):
+    denoiser = make(process=process)
+    assert save(denoiser, folder) == folder
+    again = load(folder)
+    assert same(denoiser, again)
+    x_t = torch.randn(5, 2)
+    assert torch.equal(again(x_t, 0.5), denoiser(x_t, 0.5))
+
+
+@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "score", "velocity", "edm"])
+@pytest.mark.parametrize("time", ["t", "log_snr", "log_sigma", "index"])
+def test_every_convention(predicts, time, folder):
+    process = Discrete(processes.linear_betas(100))
+    denoiser = make(process=process, predicts=predicts, time=time, sigma_data=0.3)
+    save(denoiser, folder)
+    assert same(denoiser, load(folder)) and load(folder).sigma_data == 0.3
+
+
+@pytest.mark.parametrize("shape", [None, (2,), (2, 1)])
+def test_every_shape(shape, folder):
+    denoiser = Denoiser(mlp(), VP(), "eps", shape)
+    save(denoiser, folder)
+    assert same(denoiser, load(folder))
+
+
+def test_a_u_net_with_classes(folder):
+    net = stirred(networks.UNet(1, channels=8, multipliers=(1, 2), n_classes=10))
+    denoiser = Denoiser(net, Cosine(), "v", (1, 8, 8)).eval()
+    save(denoiser, folder)
+    x_t, cond = torch.randn(3, 1, 8, 8), torch.tensor([1, 9, -1])
+    assert torch.equal(load(folder)(x_t, 0.4, cond), denoiser(x_t, 0.4, cond))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_network_keeps_its_dtype(dtype, folder):
+    denoiser = make().to(dtype=dtype)
+    save(denoiser, folder)
+    assert same(denoiser, load(folder)) and load(folder).dtype == dtype
+
+
+def test_again_and_again(folder):
+    denoiser = make()
+    for _ in range(3):
+        save(denoiser, folder)
+        denoiser = load(folder)
+    assert same(denoiser, make())
+    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+
+
+def test_where_and_how_it_comes_back(saved):
+    assert not load(saved).net.training and load(str(saved)).device == torch.device("cpu")
+    assert all(p.requires_grad for p in load(saved).parameters())
+    assert load(saved, device="meta").device.type == "meta"
+
+
+def test_training_mode_and_devices_of_the_original_stay(folder):
+    denoiser = make().train()
+    save(denoiser, folder)
+    assert denoiser.net.training
+
+
+def test_the_random_state_stays(folder):
+    denoiser = make()
+    before = torch.get_rng_state()
+    save(denoiser, folder)
+    load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tied_weights(folder):
+    net = mlp(depth=2)
+    names = [k for k, v in net.state_dict().items() if v.shape == (16, 16)]
+    first, second = net.get_parameter(names[0]), net.get_parameter(names[1])
+    with torch.no_grad():
+        second.copy_(first)
+    denoiser = Denoiser(net, VP(), "v", (2,))
+    owner, _, leaf = names[1].rpartition(".")
+    setattr(net.get_submodule(owner), leaf, first)
+    save(denoiser, folder)
+    assert same(denoiser, load(folder))
+
+
+def test_the_sentence_can_be_read(folder):
+    save(make(), folder, data_range=(-1, 1), info={"data": "moons", "steps": 7})
+    config = read_config(folder)
+    assert config == json.loads((folder / CONFIG).read_text())
+    assert config["data_range"] == [-1.0, 1.0] and config["info"] == {"data": "moons", "steps": 7}
+    assert config["network"]["name"] == "MLP" and config["process"]["name"] == "VP"
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    assert config["weights_sha256"] == digest
+    assert len((folder / CONFIG).read_text().splitlines()) == len(config) + 2
+
+
+# --- Fewer bits ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype,bits", [(torch.float16, 11), (torch.bfloat16, 8)])
+def test_half_storage(dtype, bits, folder):
+    denoiser = make()
+    save(denoiser, folder)
+    full = (folder / WEIGHTS).stat().st_size
+    save(denoiser, folder, dtype=dtype)
+    stored = load_file(folder / WEIGHTS)
+    assert all(v.dtype == dtype for v in stored.values() if v.is_floating_point())
+    assert (folder / WEIGHTS).stat().st_size < 0.65 * full
+    again = load(folder)
+    assert again.dtype == torch.float32
+    for one, other in zip(denoiser.parameters(), again.parameters(), strict=True):
+        assert torch.equal(other, one.to(dtype).float())
+        assert ((other - one).abs() <= 2.0**-bits * one.abs() + 2.0**-25).all()
+
+
+def test_values_beyond_the_range(folder):
+    denoiser = make()
+    torch.nn.init.constant_(next(denoiser.parameters()), 7e4)
+    with pytest.raises(ValueError, match="beyond the range of torch.float16"):
+        save(denoiser, folder, dtype=torch.float16)
+    assert not folder.exists()
+    save(denoiser, folder, dtype=torch.bfloat16)
+    torch.nn.init.constant_(next(denoiser.parameters()), torch.inf)
+    save(denoiser, folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e5m2])
+def test_other_dtypes(dtype, folder):
+    with pytest.raises(ValueError, match="dtype must be one of 'float64', 'float32'"):
+        save(make(), folder, dtype=dtype)
+
+
+# --- What cannot be saved -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "thing,message",
+    [
+        (lambda: Empirical(torch.randn(3, 2)).denoiser(VP()), "no exact law"),
+        (lambda: Denoiser(lambda x, t: x, VP(), "v", (2,)), "net is a function"),
+        (lambda: Denoiser(torch.nn.Linear(2, 2).forward, VP(), "v", (2,)), "net is a method"),
+        (lambda: Denoiser(torch.nn.Linear(2, 2), VP(), "v", (2,)), "net is a Linear"),
+        (lambda: guided(Denoiser(mlp(n_classes=3), VP(), "v", (2,)), 2.0), "net is a _Guided"),
+        (lambda: make(time=lambda t: 1000 * t), "time with a name"),
+        (lambda: mlp(), "only a Denoiser.*MLP"),
+        (lambda: None, "only a Denoiser.*NoneType"),
+    ],
+)
+def test_what_has_no_words(thing, message, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(TypeError, match=message):
+        save(thing(), saved)
+    assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "options,error",
+    [
+        ({"info": {"f": print}}, TypeError),
+        ({"info": {"loss": float("nan")}}, TypeError),
+        ({"info": {"x": torch.ones(2)}}, TypeError),
+        ({"data_range": (1, -1)}, ValueError),
+        ({"data_range": (0, float("inf"))}, ValueError),
+        ({"data_range": (0, 1, 2)}, ValueError),
+    ],
+)
+def test_senseless_options(options, error, folder):
+    with pytest.raises(error):
+        save(make(), folder, **options)
+    assert not folder.exists()
+
+
+def test_what_would_not_load_is_not_saved(folder):
+    denoiser = make()
+    denoiser.net.extra = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"do not fit.*1 unknown \(extra\)"):
+        save(denoiser, folder)
+    assert not folder.exists()
+
+
+# --- Failures in the middle ---------------------------------------------------
+
+
+def test_a_failing_disk(saved, monkeypatch):
+    """Every system call that a save makes fails in turn; the old model loads after each."""
+    really = {"replace": os.replace, "fsync": os.fsync, "open": builtins.open}
+    for name, where in (("replace", os), ("fsync", os), ("open", builtins)):
+        for k in range(1, 4):
+            count = 0
+
+            def failing(*args, really=really[name], k=k, **options):
+                nonlocal count
+                count += 1
+                if count == k:
+                    raise OSError(28, "No space left on device")
+                return really(*args, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(where, name, failing)
+                try:
+                    save(make(1), saved)
+                    done = True
+                except OSError:
+                    done = False
+            assert same(load(saved), make(1 if done else 0)), (name, k)
+            assert sorted(os.listdir(saved)) == [CONFIG, WEIGHTS], (name, k)
+            assert not done or count < k, (name, k)
+            save(make(0), saved)
+
+
+def test_a_failing_writer(saved, monkeypatch):
+    def half_a_file(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrained, "save_file", half_a_file)
+    with pytest.raises(KeyboardInterrupt):
+        save(make(1), saved)
+    assert same(load(saved), make(0)) and sorted(os.listdir(saved)) == [CONFIG, WEIGHTS]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_a_killed_process(saved, k):
+    """The process dies just before its k-th renaming, with no chance to tidy up."""
+    code = f"""
+import os
+from diffnotes import networks
+from diffnotes.denoisers import Denoiser
+from diffnotes.pretrained import save
+from diffnotes.processes import VP
+count, really = 0, os.replace
+def replace(*args):
+    global count
+    count += 1
+    if count == {k}: os._exit(9)
+    really(*args)
+os.replace = replace
+save(Denoiser(networks.MLP(2, hidden=8, depth=1), VP(), "v", (2,)), {str(saved)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (9 if k < 4 else 0), done.stderr
+    if k < 4:
+        assert same(load(saved), make(0))
+    else:
+        assert load(saved).net.config()["hidden"] == 8
+    save(make(2), saved)
+    assert same(load(saved), make(2)) and not (saved / PREVIOUS).exists()
+
+
+def test_leftovers_of_a_finished_save_do_no_harm(saved, monkeypatch):
+    """A save that was cut off after its last renaming leaves the previous weights behind."""
+    old = (saved / WEIGHTS).read_bytes()
+    save(make(1), saved)
+    (saved / PREVIOUS).write_bytes(old)
+    assert same(load(saved), make(1))
+    monkeypatch.setattr(pretrained, "save_file", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(make(2), saved)
+    assert same(load(saved), make(1))
+
+
+def test_other_files_stay(saved):
+    (saved / "notes.txt").write_text("mine")
+    save(make(1), saved)
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+# --- Files that are not ours --------------------------------------------------
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    for key, value in changes.items():
+        if value is ...:
+            del config[key]
+        else:
+            config[key] = value
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty", "no_weights", "no_config"])
+def test_missing(where, saved, tmp_path):
+    target = {"nowhere": tmp_path / "nowhere", "empty": tmp_path}.get(where, saved)
+    if where.startswith("no_"):
+        (saved / (WEIGHTS if where == "no_weights" else CONFIG)).unlink()
+    with pytest.raises(FileNotFoundError, match="holds no saved denoiser"):
+        load(target)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 100, -100, -1])
+def test_cut_short(saved, keep):
+    data = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(data[:keep])
+    with pytest.raises(ValueError, match="model.safetensors is not the file.*damaged, cut short"):
+        load(saved)
+
+
+@pytest.mark.parametrize("place", [0, 20, 2000, -1])
+def test_one_flipped_bit(saved, place):
+    data = bytearray((saved / WEIGHTS).read_bytes())
+    data[place] ^= 1
+    (saved / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        load(saved)
+
+
+def test_no_safetensors_at_all(saved):
+    torch.save(mlp().state_dict(), saved / WEIGHTS)
+    with pytest.raises(ValueError, match="is not the file that config.json names"):
+        load(saved)
+    edit(saved, weights_sha256=hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format": ', "\x00\x01", '"a string"', "[]"])
+def test_a_damaged_sentence(saved, text):
+    (saved / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match="config.json (is damaged|was not written by diffnotes)"):
+        load(saved)
+
+
+def test_bytes_that_are_no_text(saved):
+    (saved / CONFIG).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is damaged"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"format": "diffusers"}, "not written by diffnotes"),
+        ({"format": ...}, "not written by diffnotes"),
+        ({"version": 2}, "format version 2, this diffnotes reads version 1"),
+        ({"version": ...}, "format version None"),
+        ({"network": ..., "time": ...}, "lacks network, time"),
+        ({"weights_sha256": ...}, "lacks weights_sha256"),
+        ({"network": {"name": "Transformer"}}, "Transformer"),
+        ({"network": {"name": "MLP", "dim": 2, "colour": 3}}, "colour"),
+        ({"network": {"name": "MLP"}}, "describes no denoiser.*dim"),
+        ({"network": None}, "describes no denoiser"),
+        ({"network": {"name": "MLP", "dim": 3, "hidden": 16, "depth": 1}}, "of another shape"),
+        ({"network": {"name": "MLP", "dim": 2, "hidden": 16, "depth": 2}}, "missing"),
+        ({"process": {"name": "Heat"}}, "Heat"),
+        ({"process": {"name": "VP", "beta_min": -1.0}}, "beta_min"),
+        ({"process": []}, "describes no denoiser"),
+        ({"predicts": "noise"}, "noise"),
+        ({"time": "seconds"}, "seconds"),
+        ({"time": "index"}, "Discrete"),
+        ({"shape": [2, 0]}, "shape"),
+        ({"shape": 3}, "describes no denoiser"),
+        ({"dtype": "float8"}, "float8"),
+        ({"predicts": "edm"}, "sigma_data"),
+    ],
+)
+def test_a_sentence_that_makes_no_sense(saved, changes, message):
+    edit(saved, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(saved)
+    assert CONFIG in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_weights_of_another_network(saved, tmp_path):
+    other = save(Denoiser(mlp(depth=3), VP(), "v", (2,)), tmp_path / "other")
+    (saved / WEIGHTS).write_bytes((other / WEIGHTS).read_bytes())
+    with pytest.raises(ValueError, match="is not the file that config.json names"):
+        load(saved)
+    edit(saved, weights_sha256=read_config(other)["weights_sha256"])
+    with pytest.raises(ValueError, match=r"\d+ unknown \(.*, …\)"):
+        load(saved)
+
+
+def test_a_pickle_in_their_place_is_not_run(saved, tmp_path):
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    data = pickle.dumps(Trap())
+    (saved / WEIGHTS).write_bytes(data)
+    edit(saved, weights_sha256=hashlib.sha256(data).hexdigest())
+    with pytest.raises(ValueError, match="no safetensors file"):
+        load(saved)
+    assert not (tmp_path / "sprung").exists()
+
+
+# --- The models that ship -----------------------------------------------------
+
+
+def test_unknown_names_list_the_known():
+    known = ".*".join(list_pretrained())
+    with pytest.raises(ValueError, match=f"name must be one of.*{known}"):
+        load_pretrained("imagenet")
+    with pytest.raises(ValueError, match="name must be"):
+        load_pretrained("../assets/digits")
+
+
+@pytest.mark.parametrize("name", list_pretrained() or [None])
+def test_each_model_that_ships_loads(name):
+    if name is None:
+        pytest.skip("no model ships yet")
+    denoiser = load_pretrained(name)
+    x_t = torch.randn(2, *denoiser.shape)
+    assert denoiser(x_t, 0.5).isfinite().all() and not denoiser.net.training

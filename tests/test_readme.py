@@ -1,0 +1,65 @@
+"""The README's example runs as printed and does what its comments say; its links hold."""
+
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffnotes as dn
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)
+TOC = re.findall(r"file: (\S+)", (ROOT / "_toc.yml").read_text(encoding="utf8"))
+
+
+@pytest.fixture(scope="module")
+def names():
+    scope = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), scope)
+    return scope
+
+
+def test_there_is_one_short_example():
+    assert len(BLOCKS) == 1
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 12
+
+
+def test_the_shipped_model_draws_images(names):
+    images = names["images"]
+    assert images.shape == (64, 1, 8, 8)
+    assert images.isfinite().all() and images.min() >= -1.5 and images.max() <= 1.5
+    digits, _ = dn.digits()
+    nearest = torch.cdist(images.flatten(1), digits.flatten(1)).amin(1)
+    noise = torch.cdist(torch.randn(64, 64).clamp(-1, 1), digits.flatten(1)).amin(1)
+    assert nearest.max() < noise.min()
+
+
+def test_the_exact_model_draws_from_its_law(names):
+    samples, law = names["samples"], names["law"]
+    dn.check_mc("mean", samples, law.mean)
+    dn.check_mc("weights", (samples[:, :1] > 0).double(), [0.5])
+    outside = (samples.abs() - torch.tensor([2.0, 0.0])).square().sum(-1) > 0.25 * 9.21
+    dn.check_mc("one per cent outside", outside.double(), 0.01)
+    torch.testing.assert_close(names["scores"], law.marginal_score(samples, 0.5, dn.VP()))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_chapter_table_is_the_book():
+    chapters = [name for name in TOC if re.match(r"\d\d_", name)]
+    assert re.findall(r"^\| \[`(\d\d_\w+)`\]", README, re.M) == chapters
+
+
+def test_citation_has_the_version():
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf8")
+    version = parser["DEFAULT"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf8")
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")

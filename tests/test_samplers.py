@@ -1,0 +1,600 @@
+"""Samplers and the front: exactness, counting, reproducibility, dtypes, shapes and refusals."""
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from diffnotes import processes, samplers
+from diffnotes.denoisers import Denoiser, convert, from_x0_eps
+from diffnotes.mixtures import Empirical, Gaussian, GaussianMixture
+from diffnotes.processes import EDM, VE, VP, Cosine, Discrete, Flow, SubVP
+from diffnotes.samplers import (
+    SAMPLERS,
+    as_times,
+    euler,
+    heun,
+    nfe,
+    register,
+    sample,
+    step_coefficients,
+    time_grid,
+)
+
+PROCESSES = [
+    VP(),
+    SubVP(),
+    VE(),
+    EDM(),
+    Cosine(),
+    Flow(),
+    Discrete(processes.linear_betas()),
+    Discrete(processes.cosine_betas(1000)),
+]
+NAMES = ["VP", "SubVP", "VE", "EDM", "Cosine", "Flow", "linear", "cosine"]
+BUILT_IN = ["euler", "heun", "ancestral"]
+each_process = pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
+each_sampler = pytest.mark.parametrize("name", BUILT_IN)
+
+
+def pointwise(process=None, predicts="x0", shape=(2,), **options):
+    """A denoiser that acts on each entry alone, so that no batch changes its rounding."""
+    return Denoiser(lambda x, t: torch.tanh(x), process or VP(), predicts, shape, **options)
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    means = torch.tensor([[-1.0, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    return GaussianMixture(means, torch.tensor([0.05, 0.1], dtype=torch.float64))
+
+
+# --- Exactness ----------------------------------------------------------------
+
+
+@each_process
+@each_sampler
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_a_single_point_is_reached_exactly(process, name, steps):
+    point = torch.tensor([[1.5, -0.5]], dtype=torch.float64)
+    found = sample(Empirical(point).denoiser(process), 5, sampler=name, steps=steps, seed=0)
+    torch.testing.assert_close(found, point.expand(5, 2), rtol=0, atol=1e-14)
+
+
+@each_process
+@each_sampler
+@pytest.mark.parametrize("predicts", ["eps", "v", "score", "velocity", "edm"])
+def test_every_coordinate_reaches_a_single_point(process, name, predicts):
+    point, sigma_data = torch.tensor([1.5, -0.5], dtype=torch.float64), 0.5
+
+    def net(x, t):
+        if predicts == "edm":
+            x = x * torch.hypot(process.alpha(t) * sigma_data, process.sigma(t))[:, None]
+        return convert(
+            point.expand_as(x), x, t, process, "x0", predicts, sigma_data=sigma_data
+        )
+
+    denoiser = Denoiser(net, process, predicts, (2,), sigma_data=0.5, dtype=torch.float64)
+    for steps in range(1, 6):
+        found = sample(denoiser, 3, sampler=name, steps=steps, seed=0)
+        # Rounding of x_t times the largest 1 / alpha, 2e4 on the capped cosine chain.
+        torch.testing.assert_close(found, point.expand(3, 2), rtol=0, atol=1e-10)
+
+
+@each_process
+@pytest.mark.parametrize("sampler", [euler, heun])
+@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "score", "velocity", "edm"])
+@pytest.mark.parametrize("time", ["t", "log_snr", "log_sigma"])
+def test_the_short_cut_to_the_network_changes_nothing(process, sampler, predicts, time):
+    """The same samples through Denoiser.__call__ and through the network itself."""
+
+    class Plain:
+        """Only ``process`` and a call: no short cut is possible."""
+
+        def __init__(self, inner):
+            self.inner, self.process = inner, inner.process
+
+        def __call__(self, x_t, t, cond=None):
+            return self.inner(x_t, t, cond)
+
+    def net(x, t, cond):
+        return torch.tanh(x) * 0.3 + 0.01 * torch.tanh(t)[:, None] + 0.1 * cond[:, None]
+
+    denoiser = Denoiser(net, process, predicts, (2,), time, sigma_data=0.7)
+    x_T, cond = process.prior_sample((6, 2), dtype=torch.float64), torch.arange(6)
+    times = time_grid(process, 5)
+    ends = [sampler(d, x_T, times, cond=cond) for d in (denoiser, Plain(denoiser))]
+    scale = ends[1].abs().max().item()
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-8 * max(1, scale))
+
+
+def test_the_index_of_a_chain_reaches_the_network():
+    seen = []
+    denoiser = Denoiser(
+        lambda x, t: seen.append(t[0].item()) or x, PROCESSES[6], "v", (2,), "index"
+    )
+    sample(denoiser, 2, sampler="euler", times=[1.0, 0.5, 0.001])
+    assert seen == [999, 499, 0]
+
+
+@each_process
+@pytest.mark.parametrize("sampler,least,most", [(euler, 0.9, 1.1), (heun, 1.9, 2.1)])
+def test_order(process, sampler, least, most):
+    cov = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
+    law = Gaussian(torch.tensor([1.0, -0.5], dtype=torch.float64), cov)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(50, 2, dtype=torch.float64, generator=generator)
+    errors = []
+    for steps in (81, 161):
+        log_snr = torch.linspace(-7.0, 6.0, steps, dtype=torch.float64)
+        times = process.t_of_log_snr(log_snr)
+        first, last = times[0].item(), times[-1].item()
+        x_T = process.sigma(first) * noise
+        exact = law.denoiser(process)(law.flow_map(x_T, first, last, process), last)
+        errors.append((sampler(law.denoiser(process), x_T, times) - exact).abs().mean().item())
+    assert least < math.log2(errors[0] / errors[1]) < most
+
+
+def test_the_three_differ(mixture):
+    """Two samplers that differ must differ: guards against one registered twice."""
+    denoiser = mixture.denoiser(VP())
+    ends = {name: sample(denoiser, 8, sampler=name, steps=9, seed=0) for name in BUILT_IN}
+    for one, other in itertools.combinations(BUILT_IN, 2):
+        assert (ends[one] - ends[other]).abs().max() > 1e-3
+
+
+@each_process
+def test_the_law_comes_out(process, mixture):
+    found = sample(mixture.denoiser(process), 3000, steps=30, seed=4)
+    gap = (found.mean(0) - mixture.mean).abs() / (found.std(0) / 3000**0.5)
+    assert gap.max() < 4
+    torch.testing.assert_close(found.T.cov(), mixture.cov, rtol=0.1, atol=0.03)
+
+
+# --- Grids and times ----------------------------------------------------------
+
+
+@each_process
+@pytest.mark.parametrize("kind", ["log_snr", "t"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 18, 50, 333, 1000])
+def test_grids(process, kind, steps):
+    times = time_grid(process, steps, kind)
+    assert times.shape == (steps,) and times.dtype == torch.float64 and times.device.type == "cpu"
+    assert times[0] == process.t_max and (times.diff() < 0).all()
+    assert steps == 1 or times[-1] == process.t_min
+    assert (process.sigma(times) > 0).all() and (process.alpha(times) > 0).all()
+    if isinstance(process, Discrete):
+        k = times * process.n_steps
+        assert ((k - k.round()).abs() < 1e-9).all()
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 5, 17])
+def test_a_chain_has_room_for_all_its_points_and_no_more(n_steps):
+    chain = Discrete(torch.full((n_steps,), 0.3, dtype=torch.float64))
+    for steps, kind in itertools.product(range(1, n_steps + 1), ("log_snr", "t")):
+        k = time_grid(chain, steps, kind) * n_steps
+        assert len(set(k.round().tolist())) == steps and k[0] == n_steps
+    with pytest.raises(ValueError, match=f"at most.* {n_steps}, got {n_steps + 1}"):
+        time_grid(chain, n_steps + 1)
+    assert sample(Empirical(torch.ones(1, 2)).denoiser(chain), 2, sampler="ancestral").eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "times,message",
+    [
+        ([], "N >= 1"),
+        ([[1.0, 0.5]], "N >= 1"),
+        (0.5, "N >= 1"),
+        ([1.1, 0.5], r"\[0, 1\], got 1.1"),
+        ([0.5, -0.1], r"\[0, 1\], got -0.1"),
+        ([1.0, math.nan, 0.2], r"\[0, 1\], got nan"),
+        ([0.5, 0.5], "got 0.5 after 0.5"),
+        ([0.2, 0.9], "got 0.9 after 0.2"),
+        ([0.0], "sigma > 0"),
+    ],
+)
+def test_senseless_times(times, message):
+    with pytest.raises(ValueError, match=message):
+        as_times(VP(), times)
+    with pytest.raises(ValueError, match=message):
+        sample(pointwise(), 2, times=times)
+
+
+def test_a_last_time_without_noise_is_dropped():
+    assert as_times(VP(), [1.0, 0.5, 0.0]).tolist() == [1.0, 0.5]
+    assert as_times(VE(), [1.0, 0.0]).tolist() == [1.0, 0.0]
+    assert as_times(VP(), torch.tensor([1.0, 0.5])).dtype == torch.float64
+    with_end, without = (sample(pointwise(), 4, times=t, seed=0) for t in ([1, 0.5, 0], [1, 0.5]))
+    assert torch.equal(with_end, without)
+
+
+@pytest.mark.parametrize("process", [Cosine(), Flow()], ids=["Cosine", "Flow"])
+@pytest.mark.parametrize("sampler", [euler, heun])
+def test_from_where_alpha_is_zero(process, sampler, mixture):
+    times = [1.0, 0.6, 0.3, 0.01]
+    a, b, h = step_coefficients(process, as_times(process, times))
+    assert h[0] == math.inf and b[0] == process.alpha(0.6) and a.isfinite().all()
+    x_T = torch.randn(5, 2, dtype=torch.float64)
+    found = sampler(mixture.denoiser(process), x_T, times)
+    assert found.isfinite().all()
+    if sampler is euler:
+        # A start just below 1 differs by its alpha, 1.6e-9 at most, times slopes of order 10.
+        near = sampler(mixture.denoiser(process), x_T, [1 - 1e-9, 0.6, 0.3, 0.01])
+        torch.testing.assert_close(found, near, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="at t = 1"):
+        sampler(Denoiser(lambda x, t: x, process, "eps", (2,)), x_T, times)
+
+
+# --- Counting and calling back ------------------------------------------------
+
+
+@each_sampler
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_nfe_is_what_is_spent(name, steps):
+    calls = []
+    denoiser = Denoiser(lambda x, t: calls.append(len(x)) or x * 0, VP(), "x0", (2,))
+    sample(denoiser, 4, sampler=name, steps=steps)
+    assert len(calls) == nfe(name, steps) == {"heun": 2 * steps - 1}.get(name, steps)
+    calls.clear()
+    sample(denoiser, 4, sampler=name, steps=steps, batch_size=3)
+    assert calls.count(3) == calls.count(1) == nfe(name, steps)
+
+
+def test_defaults():
+    assert (nfe(), nfe("heun"), nfe("ancestral")) == (35, 35, 1000)
+    calls = []
+    denoiser = Denoiser(lambda x, t: calls.append(1) or x * 0, VP(), "x0", (2,))
+    sample(denoiser, 2)
+    assert len(calls) == 35
+
+
+def test_guidance_is_one_batched_call_for_two():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sizes, self.weight = [], torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t, cond=None):
+            self.sizes.append(len(x))
+            return x * 0 + self.weight * (0 if cond is None else cond[:, None].clamp(min=0))
+
+    net = Net()
+    denoiser = Denoiser(net, VP(), "x0", (2,))
+    found = sample(denoiser, 3, steps=4, cond=2, guidance=3.0)
+    assert net.sizes == [6] * 7 and torch.equal(found, torch.full((3, 2), 6.0))
+    net.sizes.clear()
+    found = sample(denoiser, 3, steps=4, cond=2)
+    assert net.sizes == [3] * 7 and torch.equal(found, torch.full((3, 2), 2.0))
+
+
+@each_sampler
+def test_callback(name, mixture):
+    seen = []
+    denoiser = mixture.denoiser(VP())
+    run = partial(sample, denoiser, 5, sampler=name, steps=4, seed=0, batch_size=3)
+    found = run(callback=lambda *args: seen.append(args))
+    assert [i for i, *_ in seen] == [0, 1, 2, 3] * 2
+    assert [t for _, t, *_ in seen[:4]] == time_grid(VP(), 4, SAMPLERS[name].grid).tolist()
+    for _, t, x_t, x0_hat in seen:
+        torch.testing.assert_close(x0_hat, denoiser(x_t, t), rtol=1e-12, atol=1e-12)
+    assert torch.equal(torch.cat([seen[3][3], seen[7][3]]), found)
+    assert torch.equal(found, run())
+
+
+def test_states_given_away_are_never_written_to():
+    kept, copies = [], []
+
+    def net(x, t):
+        kept.append(x), copies.append(x.clone())
+        return x
+
+    for sampler in (euler, heun):
+        x_T = torch.randn(4, 2)
+        before = x_T.clone()
+        sample(Denoiser(net, VP(), "x0", (2,)), x_T=x_T, sampler=sampler, steps=6)
+        assert torch.equal(x_T, before)
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_progress(capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    seen = []
+    run = partial(sample, pointwise(), 4, steps=3, batch_size=2)
+    run(progress=True, callback=lambda *args: seen.append(args))
+    assert "6/6" in capsys.readouterr().err and len(seen) == 6
+    run()
+    assert capsys.readouterr() == ("", "")
+
+
+# --- Randomness ---------------------------------------------------------------
+
+
+@each_sampler
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 16, 16)])
+def test_a_sample_belongs_to_its_number(name, shape):
+    denoiser = pointwise(shape=shape)
+    run = partial(sample, denoiser, sampler=name, steps=4, seed=11)
+    many = run(150)
+    assert many.shape == (150, *shape)
+    for n in (1, 63, 64, 65, 100):
+        assert torch.equal(run(n), many[:n])
+    for size in (1, 7, 64, 100, 1000):
+        assert torch.equal(run(150, batch_size=size), many)
+    assert len(many.flatten(1).unique(dim=0)) == 150
+    assert not torch.equal(run(5), sample(denoiser, 5, sampler=name, steps=4, seed=12))
+
+
+def test_the_noise_of_a_run_is_standard_normal_and_of_its_own_stream():
+    draws = []
+
+    def spy(denoiser, x_T, times, *, cond, noise, callback):
+        draws.extend([x_T / denoiser.process.prior_std(), noise(x_T), noise(x_T)])
+        return x_T
+
+    sample(pointwise(shape=(8,)), 5000, sampler=spy, steps=2, seed=0)
+    values = torch.stack(draws).flatten(1).double()
+    se = values.shape[1] ** -0.5
+    assert (values.mean(1).abs() < 4 * se).all() and (values.var(1) - 1).abs().max() < 6 * se
+    assert (values.corrcoef() - torch.eye(3)).abs().max() < 4 * se
+    kept = draws[1:3]
+    draws.clear()
+    sample(pointwise(shape=(8,)), x_T=torch.zeros(5000, 8), sampler=spy, steps=2, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(draws[1:3], kept, strict=True))
+
+
+def test_seeds_and_blocks_never_share_a_generator():
+    def first(seed, use, block):
+        return samplers._generator(seed, use, block, torch.device("cpu")).initial_seed()
+
+    blocks = {first(5, 1, block) for block in range(20000)}
+    assert len(blocks) == 20000
+    seeds = [first(*key, 0) for key in itertools.product([0, 1, 5, 2**32 + 5, 2**70], [0, 1])]
+    assert len(set(seeds)) == len(seeds)
+
+
+@each_sampler
+def test_generator_gives_plain_draws(name):
+    runs = [
+        sample(pointwise(), 6, sampler=name, steps=3, generator=torch.Generator().manual_seed(8))
+        for _ in range(2)
+    ]
+    assert torch.equal(*runs)
+    starts = []
+    sample(
+        pointwise(), 6, sampler=name, steps=3, generator=torch.Generator().manual_seed(8),
+        callback=lambda i, t, x_t, x0_hat: starts.append(x_t),
+    )
+    plain = torch.randn(6, 2, generator=torch.Generator().manual_seed(8))
+    torch.testing.assert_close(starts[0], plain * VP().prior_std(), rtol=1e-6, atol=0)
+
+
+def test_global_random_state():
+    torch.manual_seed(1)
+    one = sample(pointwise(), 3, steps=2)
+    torch.manual_seed(1)
+    assert torch.equal(sample(pointwise(), 3, steps=2), one)
+    state = torch.get_rng_state()
+    sample(pointwise(), 3, sampler="ancestral", steps=3, seed=0)
+    sample(pointwise(), 3, sampler="ancestral", steps=3, generator=torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- Dtypes, shapes, devices --------------------------------------------------
+
+
+@each_sampler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 16, 16)])
+def test_dtypes_and_shapes(name, dtype, shape):
+    seen = set()
+
+    def net(x, t):
+        seen.add((x.dtype, t.dtype))
+        return torch.tanh(x)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    x_T = torch.randn(3, *shape).to(dtype)
+    given = sample(Denoiser(net, VP(), "x0", shape), x_T=x_T, sampler=name, steps=4)
+    assert given.dtype == dtype and given.shape == (3, *shape) and given.isfinite().all()
+    assert seen == {(wide, wide)}
+    seen.clear()
+    drawn = sample(Denoiser(net, VP(), "x0", shape, dtype=dtype), 3, sampler=name, steps=4)
+    assert drawn.dtype == dtype and seen == {(dtype, wide)}
+
+
+@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "velocity"])
+def test_a_half_network_under_a_wide_state(predicts):
+    """Coefficients stay in float64 and the state in float32: only the network is rounded."""
+    x0, eps = torch.randn(2, 50, 4)
+
+    def net(x, t):
+        return from_x0_eps(x0, eps, t.double(), VP(), predicts).to(x.dtype)
+
+    for dtype in (torch.float16, torch.bfloat16):
+        denoiser = Denoiser(net, VP(), predicts, (4,), dtype=dtype)
+        x_T = VP().perturb(x0, 0.5, eps)
+        found = sample(denoiser, x_T=x_T, sampler="euler", times=[0.5, 0.3, 0.1])
+        gain = {"eps": 1.0, "x0": 1.0, "v": 1.0, "velocity": 3.0}[predicts]
+        assert (found - x0).abs().max() < 30 * gain * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("sampler", [euler, heun])
+def test_gradients_reach_the_start_and_the_weights(sampler):
+    weight = torch.nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+    net = torch.nn.Linear(2, 2, dtype=torch.float64)
+    denoiser = Denoiser(lambda x, t: torch.tanh(net(x)) * weight, VP(), "v", (2,))
+    x_T = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: sampler(denoiser, x, time_grid(VP(), 4)), x_T)
+    sampler(denoiser, x_T, time_grid(VP(), 4)).sum().backward()
+    assert weight.grad.abs() > 0 and net.weight.grad.abs().sum() > 0
+
+
+def test_sample_builds_a_graph_only_for_a_start_that_asks():
+    weight = torch.nn.Parameter(torch.tensor(0.4))
+    denoiser = Denoiser(lambda x, t: torch.tanh(x) * weight, VP(), "x0", (2,))
+    assert not sample(denoiser, 3, steps=3).requires_grad
+    assert sample(denoiser, x_T=torch.randn(3, 2, requires_grad=True), steps=3).requires_grad
+    with torch.no_grad():
+        x_T = torch.randn(3, 2, requires_grad=True)
+        assert not sample(denoiser, x_T=x_T, steps=3).requires_grad
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_sampler
+def test_no_device_sync_in_the_loop(name):
+    net = torch.nn.Linear(2, 2).cuda()
+    denoiser = Denoiser(lambda x, t: net(x), VP(), "v", (2,), device="cuda", dtype=torch.float32)
+    x_T = torch.randn(4, 2, device="cuda")
+    sample(denoiser, x_T=x_T, sampler=name, steps=3, seed=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        SAMPLERS[name].fn(denoiser, x_T, time_grid(VP(), 5), noise=torch.randn_like)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sample(denoiser, 4, sampler=name, steps=3, seed=0).device.type == "cuda"
+
+
+# --- The front's arguments ----------------------------------------------------
+
+
+def test_how_many():
+    assert sample(pointwise(), x_T=torch.randn(3, 2), steps=2).shape == (3, 2)
+    assert sample(pointwise(), 3, x_T=torch.randn(3, 2), steps=2).shape == (3, 2)
+    assert sample(pointwise(shape=None), x_T=torch.randn(3, 5), steps=2).shape == (3, 5)
+    conditional = Denoiser(lambda x, t, cond: x * 0 + cond[:, None], VP(), "x0", (2,))
+    assert sample(conditional, cond=torch.tensor([4, 5]), steps=2).tolist() == [[4, 4], [5, 5]]
+
+
+def test_conditions_reach_the_network_whole():
+    seen = []
+
+    def net(x, t, cond):
+        seen.append(cond)
+        return x * 0
+
+    denoiser = Denoiser(net, VP(), "x0", (2,))
+    for cond in (3, torch.tensor(3), torch.tensor(3, dtype=torch.int32)):
+        sample(denoiser, 4, cond=cond, steps=2, batch_size=3)
+        assert all(c.dtype == torch.int64 and c.eq(3).all() for c in seen)
+        assert [len(c) for c in seen] == [3] * 3 + [1] * 3
+        seen.clear()
+    labels = torch.tensor([1, 2, 3, 4])
+    sample(denoiser, 4, cond=labels, sampler="euler", steps=1, batch_size=3)
+    assert torch.equal(torch.cat(seen), labels)
+    seen.clear()
+    embedded = torch.randn(4, 7)
+    sample(denoiser, 4, cond=embedded, sampler="euler", steps=1, batch_size=3)
+    assert torch.equal(torch.cat(seen), embedded)
+    seen.clear()
+    sample(denoiser, 4, steps=1)
+    assert seen == [None]
+
+
+def test_conditional_laws(mixture):
+    found = sample(mixture.denoiser(VP()), cond=torch.tensor([0, 1] * 50), seed=0)
+    assert (found[::2, 0] < 0).all() and (found[1::2, 0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "options,error,message",
+    [
+        ({}, ValueError, "say how many"),
+        ({"n": 0}, ValueError, "n must be at least 1, got 0"),
+        ({"n": -3}, ValueError, "got -3"),
+        ({"n": 2.0}, TypeError, "n must be an int"),
+        ({"n": True}, TypeError, "n must be an int"),
+        ({"n": 2, "steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"n": 2, "steps": 2.5}, TypeError, "steps must be an int"),
+        ({"n": 2, "steps": 3, "times": [1.0, 0.5]}, ValueError, "steps or times"),
+        ({"n": 2, "sampler": "heum"}, ValueError, "'euler', 'heun', 'ancestral'.*'heum'"),
+        ({"n": 2, "sampler": None}, ValueError, "None"),
+        ({"n": 2, "seed": 0, "generator": torch.Generator()}, ValueError, "not both"),
+        ({"n": 2, "seed": -1}, ValueError, "got -1"),
+        ({"n": 2, "seed": 1.5}, TypeError, "seed must be an int"),
+        ({"n": 2, "seed": True}, TypeError, "seed must be an int"),
+        ({"n": 2, "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"n": 2, "batch_size": 1.5}, TypeError, "batch_size"),
+        ({"n": 2, "guidance": 2.0}, ValueError, "guidance must be 1 .*got 2.0"),
+        ({"n": 2, "cond": 1, "guidance": math.nan}, ValueError, "finite"),
+        ({"n": 2, "cond": 1, "guidance": "big"}, TypeError, "number"),
+        ({"n": 2, "cond": torch.zeros(3, dtype=torch.int64)}, ValueError, "n = 2 of them, got 3"),
+        ({"n": 2, "cond": True}, TypeError, "integers"),
+        ({"n": 2, "x_T": torch.randn(3, 2)}, ValueError, r"len\(x_T\) = 3 or left out, got 2"),
+        ({"x_T": torch.randn(3, 5)}, ValueError, r"\(B, 2\), got \(3, 5\)"),
+        ({"x_T": torch.randn(2)}, ValueError, r"\(B, 2\), got \(2,\)"),
+        ({"x_T": torch.tensor(1.0)}, ValueError, "shape"),
+        ({"x_T": torch.randn(0, 2)}, ValueError, "at least 1, got 0"),
+        ({"x_T": torch.ones(3, 2, dtype=torch.int64)}, TypeError, "int64"),
+        ({"x_T": torch.ones(3, 2, dtype=torch.complex64)}, TypeError, "complex64"),
+        ({"x_T": [[1.0, 2.0]]}, TypeError, "list"),
+    ],
+)
+def test_refusals(options, error, message):
+    denoiser = Denoiser(lambda x, t, cond: x, VP(), "x0", (2,))
+    with pytest.raises(error, match=message):
+        sample(denoiser, **options)
+
+
+def test_no_shape_no_samples():
+    with pytest.raises(ValueError, match="no shape"):
+        sample(pointwise(shape=None), 3)
+    with pytest.raises(ValueError, match="shape"):
+        sample(pointwise(shape=None), x_T=torch.tensor(1.0))
+
+
+def test_grid_refusals():
+    with pytest.raises(ValueError, match="at most.*1000, got 2000"):
+        sample(pointwise(PROCESSES[6]), 2, steps=2000)
+    with pytest.raises(ValueError, match="kind must be one of 'log_snr', 't'"):
+        time_grid(VP(), 3, "karras")
+    with pytest.raises(TypeError, match="steps"):
+        nfe("heun", 2.0)
+    with pytest.raises(ValueError, match="steps"):
+        nfe("heun", 0)
+    with pytest.raises(ValueError, match="'heun'"):
+        nfe("nothing")
+
+
+@pytest.mark.parametrize("sampler", [euler, heun])
+def test_samplers_refuse_by_themselves(sampler):
+    with pytest.raises(TypeError, match="int64"):
+        sampler(pointwise(), torch.ones(3, 2, dtype=torch.int64), [1.0, 0.5])
+    with pytest.raises(ValueError, match="0.7 after 0.5"):
+        sampler(pointwise(), torch.ones(3, 2), [0.5, 0.7])
+    with pytest.raises(ValueError, match="shape"):
+        sampler(pointwise(), torch.ones(3, 5), [0.5, 0.2])
+
+
+# --- The registry -------------------------------------------------------------
+
+
+def test_a_sampler_of_ones_own(monkeypatch):
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(SAMPLERS))
+
+    @register("mine", steps=3, grid="t", evaluations=lambda n: 0)
+    def mine(denoiser, x_T, times, *, cond=None, noise=None, callback=None):
+        return x_T * 0 + len(times) + times[1]
+
+    assert samplers.SAMPLERS["mine"].fn is mine and nfe("mine") == 0
+    for sampler in ("mine", mine, samplers.SAMPLERS["mine"]):
+        assert sample(pointwise(), 2, sampler=sampler).eq(3 + time_grid(VP(), 3, "t")[1]).all()
+    with pytest.raises(ValueError, match="'mine'"):
+        sample(pointwise(), 2, sampler="yours")
+
+
+def test_a_partial_sampler_keeps_its_grid():
+    small = partial(SAMPLERS["ancestral"].fn, variance="small")
+    assert nfe(small) == 1000
+    seen = []
+    sample(pointwise(), 2, sampler=small, steps=3, callback=lambda i, t, *_: seen.append(t))
+    assert seen == time_grid(VP(), 3, "t").tolist()
+
+
+def test_the_denoiser_is_left_as_it_was():
+    net = torch.nn.Linear(2, 2).train()
+    denoiser = Denoiser(lambda x, t: net(x), VP(), "x0", (2,))
+    public = {k: v for k, v in vars(denoiser).items() if k[0] != "_"}
+    sample(denoiser, 3, steps=2)
+    assert public.items() <= vars(denoiser).items() and net.training
