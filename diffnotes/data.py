@@ -17,7 +17,7 @@ from .checks import require_choice, require_floating, require_positive_int
 # %% auto #0
 __all__ = ['DIGIT_LEVELS', 'Levels', 'digits']
 
-# %% ../nbs/20_data.ipynb #4aa29f0c
+# %% ../nbs/20_data.ipynb #7e9e1ec4
 @dataclass(frozen=True)
 class Levels:
     """Whole numbers 0 .. count - 1 as evenly spaced values from low to high, and back.
@@ -54,7 +54,7 @@ class Levels:
         return self.low + self.step * k.to(dtype)
 
     def to_counts(self, x: Tensor) -> Tensor:
-        """Returns the nearest count of each value of x, int64; beyond the range, that of its end."""
+        """Returns the nearest count of each value of x, int64; beyond the range, its end."""
         k = ((require_floating("x", x) - self.low) / self.step).round()
         if k.isnan().any():
             raise ValueError("x must not contain NaN: it has no nearest level")

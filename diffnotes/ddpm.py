@@ -205,7 +205,7 @@ class Bound(NamedTuple):
         """The bound itself, ``(B,)``."""
         return self.prior + self.steps.sum(1) + self.decoder
 
-# %% ../nbs/10_ddpm.ipynb #6995b546
+# %% ../nbs/10_ddpm.ipynb #c4479468
 def variational_bound(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | Tensor, *,
                       variance: str | Tensor = "large", levels: Tensor | None = None,
                       decoder_var: float | None = None, cond: Tensor | None = None,
@@ -238,7 +238,8 @@ def variational_bound(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | T
     times, process = _decreasing(times), denoiser.process
     levels = None if levels is None else levels.to(x0)
     steps = [x0.new_zeros(len(x0), 0)]
-    for t, s, var in zip(times, times[1:], _variances(times, process, variance)):
+    variances = _variances(times, process, variance)
+    for t, s, var in zip(times[:-1], times[1:], variances, strict=True):
         x_t, x0_hat = _look(denoiser, x0, t.item(), levels, cond, generator)
         steps.append(step_kl(x0, x_t, x0_hat, t.item(), s.item(), process, var)[:, None])
     t = times[-1].item()
@@ -322,7 +323,7 @@ def simple_loss(denoiser: Denoiser, x0: Tensor, t: float | Tensor, eps: Tensor,
     error = denoiser.eps(x_t, t, cond) - eps
     return error.square().reshape(len(error), -1).mean(1)
 
-# %% ../nbs/10_ddpm.ipynb #b5c85243
+# %% ../nbs/10_ddpm.ipynb #f18f9afe
 def _coefficients(process: Process, times: Tensor,
                   variance: str | Tensor) -> list[tuple[float, ...]]:
     """(t, factor of x0_hat, factor of x_t, std of the noise) of each step, as Python floats."""
@@ -333,7 +334,7 @@ def _coefficients(process: Process, times: Tensor,
     on_x0, _ = posterior(one, zero, s, t, process)
     on_x, _ = posterior(zero, one, s, t, process)
     std = _variances(times, process, variance).sqrt()
-    return list(zip(t.tolist(), on_x0.tolist(), on_x.tolist(), std.tolist()))
+    return list(zip(t.tolist(), on_x0.tolist(), on_x.tolist(), std.tolist(), strict=True))
 
 # %% ../nbs/10_ddpm.ipynb #255022cb
 def ancestral(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, *,

@@ -111,7 +111,7 @@ def _check_sizes(sizes: dict, even: str) -> None:
     if sizes[even] % 2:
         raise ValueError(f"{even} must be even; got {sizes[even]}")
 
-# %% ../nbs/21_networks.ipynb #4a1e0412
+# %% ../nbs/21_networks.ipynb #20f246a9
 class MLP(nn.Module):
     """Residual MLP ``net(x, t, cond)`` for samples of ``dim`` numbers; returns 0 before training.
 
@@ -151,7 +151,7 @@ class MLP(nn.Module):
         return h.reshape(x.shape) if self._config["out_channels"] == 1 else h
 
     def config(self) -> dict:
-        """Returns what :func:`from_config` needs to build this network again, in plain numbers."""
+        """Returns what ``from_config`` needs to build this network again, in plain numbers."""
         return {"name": "MLP", **self._config}
 
 # %% ../nbs/21_networks.ipynb #9976ceda
@@ -238,7 +238,7 @@ class _UShape(nn.Module):
                 h = block(torch.cat([h, across.pop()], 1), emb)
         return self.last(F.silu(self.norm(h)))
 
-# %% ../nbs/21_networks.ipynb #c3b3f2ed
+# %% ../nbs/21_networks.ipynb #392fdfef
 class UNet(_UShape):
     """U-Net ``net(x, t, cond)`` for images ``(B, in_channels, H, W)``; returns 0 before training.
 
@@ -283,7 +283,7 @@ class UNet(_UShape):
         return self._through(self.first(x), self.embedding(t, cond))
 
     def config(self) -> dict:
-        """Returns what :func:`from_config` needs to build this network again, in plain numbers."""
+        """Returns what ``from_config`` needs to build this network again, in plain numbers."""
         return {"name": "UNet", **self._config}
 
 # %% ../nbs/21_networks.ipynb #e06f4d20

@@ -54,9 +54,12 @@ def _as_time(t: float | Tensor, name: str = "t") -> Tensor:
     t = require_time(t, name=name)
     return t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
 
-# %% ../nbs/02_processes.ipynb #74d79252
+# %% ../nbs/02_processes.ipynb #f21345a8
 class _Curves(ABC):
-    """The two curves and their slopes, and what can be read off them."""
+    """The two curves and their slopes, and what can be read off them.
+
+    Every method raises a ValueError for a time outside [0, 1].
+    """
 
     @abstractmethod
     def _signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,43 +81,28 @@ class _Curves(ABC):
 
         Returns:
             Shape, dtype and device of ``t``; minus infinity where alpha(1) = 0.
-
-        Raises:
-            ValueError: ``t`` outside [0, 1].
         """
         return self._signal(_as_time(t))[0]
 
     def alpha(self, t: float | Tensor) -> Tensor:
-        """Returns the signal scale alpha(t) of x_t = alpha x0 + sigma eps.
+        """Returns the signal scale alpha(t) of x_t = alpha x0 + sigma eps (``eq-process-curves``).
 
         Args:
             t: time in [0, 1], ``()`` or ``(B,)``; a number is taken as float64 on the CPU.
 
         Returns:
             Shape, dtype and device of ``t``.
-
-        Raises:
-            ValueError: ``t`` outside [0, 1].
-
-        Reference:
-            Book: ``eq-process-curves``; on a chain it is the square root of alpha_bar.
         """
         return torch.exp(self._signal(_as_time(t))[0])
 
     def sigma(self, t: float | Tensor) -> Tensor:
-        """Returns the noise scale sigma(t) of x_t = alpha x0 + sigma eps.
+        """Returns the noise scale sigma(t) of x_t = alpha x0 + sigma eps (``eq-process-curves``).
 
         Args:
             t: time in [0, 1], ``()`` or ``(B,)``; a number is taken as float64 on the CPU.
 
         Returns:
             Shape, dtype and device of ``t``.
-
-        Raises:
-            ValueError: ``t`` outside [0, 1].
-
-        Reference:
-            Book: ``eq-process-curves``.
         """
         return self._noise(_as_time(t))[0]
 
@@ -126,9 +114,6 @@ class _Curves(ABC):
 
         Returns:
             Shape, dtype and device of ``t``; infinite where sigma or alpha is 0.
-
-        Raises:
-            ValueError: ``t`` outside [0, 1].
 
         Reference:
             Kingma et al. (2021), section 3.1; book: ``eq-process-logsnr``.
@@ -163,9 +148,6 @@ class _Curves(ABC):
 
         Returns:
             Shape, dtype and device of ``t``.
-
-        Raises:
-            ValueError: ``t`` outside [0, 1].
         """
         return self._signal(_as_time(t))[1]
 
@@ -177,9 +159,6 @@ class _Curves(ABC):
 
         Returns:
             Shape, dtype and device of ``t``; infinite at t = 0 where sigma starts as a root.
-
-        Raises:
-            ValueError: ``t`` outside [0, 1].
         """
         return self._noise(_as_time(t))[1]
 
@@ -268,13 +247,16 @@ class _Kernels(_Curves):
         noise = torch.randn(*shape, generator=generator, dtype=dtype, device=device)
         return self.prior_std() * noise
 
-# %% ../nbs/02_processes.ipynb #5f3162ac
+# %% ../nbs/02_processes.ipynb #5d693f50
 class Process(_Kernels):
     """A forward process x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], noise growing with t.
 
     A new one gives four formulas of times that are already checked: the two curves with their
     slopes, ``_signal`` and ``_noise``; the inverse ``_t_of_log_snr``; and ``_variance``, which
     follows from the curves but not without cancellation. Everything else is here.
+
+    Raises:
+        ValueError: from every method, for a time outside [0, 1].
 
     Attributes:
         t_min: least time at which SDE, score and likelihood are used.

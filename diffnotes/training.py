@@ -164,7 +164,7 @@ def _at_home(x: Tensor, y: Tensor | None, denoiser: Denoiser) -> tuple[Tensor, T
     x = x.to(dtype=torch.promote_types(denoiser.dtype, torch.float32), **home)
     return x, None if y is None else y.to(**home)
 
-# %% ../nbs/22_training.ipynb #2f3b6325
+# %% ../nbs/22_training.ipynb #e78557aa
 def _indices(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches of indices, ``(size,)`` each, without end; every n of them are a permutation."""
     queue = torch.empty(0, dtype=torch.int64, device=generator.device)
@@ -178,7 +178,7 @@ def _indices(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
 
 @contextmanager
 def _in_training(net: nn.Module, seed: int, device: torch.device) -> Iterator[torch.Generator]:
-    """A seeded generator, the global one seeded alike; random state and mode are put back after."""
+    """A seeded generator, the global one seeded alike; state and mode are put back after."""
     before = net.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
-"""DDPM: equivalences, closed forms, dtypes, broadcasting and refusals that the chapter does not show."""
+"""DDPM: equivalences, closed forms, dtypes, broadcasting, refusals the chapter does not show."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ import torch
 from diffnotes import ddpm
 from diffnotes.denoisers import Denoiser, posterior
 from diffnotes.mixtures import Gaussian, GaussianMixture
-from diffnotes.processes import EDM, VE, VP, Cosine, Discrete, Flow, SubVP, cosine_betas, linear_betas
+from diffnotes.processes import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    Discrete,
+    Flow,
+    SubVP,
+    cosine_betas,
+    linear_betas,
+)
 
 PROCESSES = [VP(), SubVP(), VE(), EDM(), Cosine(), Flow(), Discrete(linear_betas(50))]
 CHAIN = Discrete(linear_betas(1000))
@@ -41,6 +52,7 @@ def law():
 
 # -- ancestral sampling ------------------------------------------------------------------------
 
+
 def test_a_thousand_steps_match_mean_covariance_and_weights_of_a_mixture(law):
     """Sampling error: 4.5 standard errors; discretisation: O(1/T) of the spread, 1% allowed."""
     n = 6000
@@ -70,13 +82,14 @@ def test_gaussian_data_follow_the_variance_recursion_in_any_process(process, var
     times = grid(process)
     n = len(times)
     denoiser = Gaussian(f64([0.0]), f64(0.3)).denoiser(process)
-    draws = torch.eye(n, dtype=torch.float64)             # sample i sees only draw i
+    draws = torch.eye(n, dtype=torch.float64)  # sample i sees only draw i
     queue = iter(draws[1:])
     start = process.sigma(times[0]) * draws[0][:, None]
-    x = ddpm.ancestral(denoiser, start, times, variance=variance,
-                       noise=lambda like: next(queue)[:, None])
+    x = ddpm.ancestral(
+        denoiser, start, times, variance=variance, noise=lambda like: next(queue)[:, None]
+    )
     V = process.sigma(times[0]) ** 2
-    for t, s in zip(times[:-1], times[1:]):
+    for t, s in zip(times[:-1], times[1:], strict=True):
         ratio, var = process.transition(s, t)
         a_t, v_t = process.alpha(t), process.sigma(t) ** 2
         v_s = process.sigma(s) ** 2
@@ -92,15 +105,26 @@ def test_large_is_exact_for_unit_variance_and_small_for_a_point_mass():
     unit = Gaussian(f64([0.0]), f64(1.0)).denoiser(CHAIN)
     draws = torch.eye(1000, dtype=torch.float64)
     queue = iter(draws[1:])
-    x = ddpm.ancestral(unit, draws[0][:, None] * CHAIN.prior_std(), chain_times(1000),
-                       noise=lambda like: next(queue)[:, None])
-    alpha = CHAIN.alpha(1 / 1000)                         # x_1 has variance 1, x0_hat = alpha x_1
-    assert abs(x.square().sum() / alpha**2 - 1) < 1e-4    # alpha_bar_T = 4e-5 is missing at the start
+    x = ddpm.ancestral(
+        unit,
+        draws[0][:, None] * CHAIN.prior_std(),
+        chain_times(1000),
+        noise=lambda like: next(queue)[:, None],
+    )
+    alpha = CHAIN.alpha(1 / 1000)  # x_1 has variance 1, x0_hat = alpha x_1
+    assert (
+        abs(x.square().sum() / alpha**2 - 1) < 1e-4
+    )  # alpha_bar_T = 4e-5 is missing at the start
     point = Denoiser(lambda x, t, cond: torch.full_like(x, 0.7), CHAIN, predicts="x0")
     states = []
-    ddpm.ancestral(point, torch.randn(4000, 1, dtype=torch.float64), chain_times(1000), variance="small",
-                   callback=lambda i, t, x_t, x0_hat: states.append(x_t))
-    x_100 = states[900]                                   # k = 100
+    ddpm.ancestral(
+        point,
+        torch.randn(4000, 1, dtype=torch.float64),
+        chain_times(1000),
+        variance="small",
+        callback=lambda i, t, x_t, x0_hat: states.append(x_t),
+    )
+    x_100 = states[900]  # k = 100
     assert abs(x_100.var() / CHAIN.sigma(0.1) ** 2 - 1) < 4.5 * (2 / 4000) ** 0.5
     assert abs(x_100.mean() - 0.7 * CHAIN.alpha(0.1)) < 4.5 * CHAIN.sigma(0.1) / 4000**0.5
 
@@ -116,14 +140,19 @@ def test_ancestral_counts_calls_reports_states_and_returns_the_last_prediction(l
     seen = []
     label = torch.tensor([0, 1, 2])
     x_T = torch.randn(3, 3, dtype=torch.float64)
-    x = ddpm.ancestral(Denoiser(net, CHAIN, predicts="x0"), x_T, times, cond=label,
-                       callback=lambda *report: seen.append(report))
+    x = ddpm.ancestral(
+        Denoiser(net, CHAIN, predicts="x0"),
+        x_T,
+        times,
+        cond=label,
+        callback=lambda *report: seen.append(report),
+    )
     assert [call[0][0] for call in calls] == pytest.approx(times.tolist())
     assert all(torch.equal(cond, label) for _, cond in calls)
     assert [i for i, *_ in seen] == [0, 1, 2, 3] and [t for _, t, *_ in seen] == times.tolist()
     assert torch.equal(seen[0][2], x_T) and torch.equal(seen[-1][3], x)
     assert torch.equal(seen[-1][3], exact(seen[-1][2], 0.1))
-    assert seen[0][2].data_ptr() != seen[1][2].data_ptr()     # states are not overwritten
+    assert seen[0][2].data_ptr() != seen[1][2].data_ptr()  # states are not overwritten
 
 
 def test_one_time_is_one_evaluation_and_draws_no_noise(law):
@@ -143,8 +172,12 @@ def test_half_precision_is_raised_for_the_steps_and_comes_back(dtype):
         seen.append(x.dtype)
         return 0.5 * x
 
-    x = ddpm.ancestral(Denoiser(net, CHAIN, predicts="x0"), torch.randn(2, 1, 4, 4).to(dtype), [1.0, 0.5],
-                       noise=torch.zeros_like)
+    x = ddpm.ancestral(
+        Denoiser(net, CHAIN, predicts="x0"),
+        torch.randn(2, 1, 4, 4).to(dtype),
+        [1.0, 0.5],
+        noise=torch.zeros_like,
+    )
     assert x.dtype == dtype and x.shape == (2, 1, 4, 4)
     assert set(seen) == {torch.promote_types(dtype, torch.float32)}
 
@@ -162,21 +195,33 @@ def test_numbers_for_the_variance_do_what_the_words_do(law):
     exact, draws = law.denoiser(CHAIN), torch.randn(19, 5, 3, dtype=torch.float64)
     results = []
     for variance in ("small", numbers, numbers.tolist()):
-        queue = iter(draws)
-        results.append(ddpm.ancestral(exact, x_T, times, variance=variance, noise=lambda x: next(queue)))
+        replay = partial(lambda pile, x: next(pile), iter(draws))
+        results.append(ddpm.ancestral(exact, x_T, times, variance=variance, noise=replay))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("times, variance, match", [
-    ([0.2, 0.5], "large", "decrease"), ([0.5, 0.5], "large", "decrease"), ([1.1, 0.5], "large", "decrease"),
-    ([0.5, -0.1], "large", "decrease"), ([], "large", "decrease"), ([[0.5, 0.2]], "large", "decrease"),
-    ([0.5, math.nan], "large", "decrease"), ([0.5, 0.0], "large", "sigma is 0"),
-    ([0.5, 0.2], "medium", "large"), ([0.5, 0.2], torch.ones(2), "variance"),
-    ([0.5, 0.2], [-1.0], "variance"), ([0.5, 0.2], [math.nan], "variance"),
-])
+@pytest.mark.parametrize(
+    "times, variance, match",
+    [
+        ([0.2, 0.5], "large", "decrease"),
+        ([0.5, 0.5], "large", "decrease"),
+        ([1.1, 0.5], "large", "decrease"),
+        ([0.5, -0.1], "large", "decrease"),
+        ([], "large", "decrease"),
+        ([[0.5, 0.2]], "large", "decrease"),
+        ([0.5, math.nan], "large", "decrease"),
+        ([0.5, 0.0], "large", "sigma is 0"),
+        ([0.5, 0.2], "medium", "large"),
+        ([0.5, 0.2], torch.ones(2), "variance"),
+        ([0.5, 0.2], [-1.0], "variance"),
+        ([0.5, 0.2], [math.nan], "variance"),
+    ],
+)
 def test_ancestral_refuses(law, times, variance, match):
     with pytest.raises(ValueError, match=match):
-        ddpm.ancestral(law.denoiser(CHAIN), torch.randn(2, 3), torch.tensor(times), variance=variance)
+        ddpm.ancestral(
+            law.denoiser(CHAIN), torch.randn(2, 3), torch.tensor(times), variance=variance
+        )
 
 
 def test_an_integer_state_is_refused(law):
@@ -186,13 +231,19 @@ def test_an_integer_state_is_refused(law):
 
 # -- the reverse step ----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
 def test_the_mean_from_the_noise_is_the_posterior_mean_in_any_process(process):
     x0, eps = torch.randn(2, 6, 2, dtype=torch.float64)
-    for t, s in ((f64(0.6), f64(0.3)), (f64([0.3, 0.4, 0.5, 0.6, 0.7, 0.8]), f64([0.1, 0.2, 0.3, 0.4, 0.5, 0.7]))):
+    for t, s in (
+        (f64(0.6), f64(0.3)),
+        (f64([0.3, 0.4, 0.5, 0.6, 0.7, 0.8]), f64([0.1, 0.2, 0.3, 0.4, 0.5, 0.7])),
+    ):
         x_t = process.perturb(x0, t, eps)
         expected, _ = posterior(x0, x_t, s, t, process)
-        torch.testing.assert_close(ddpm.ddpm_mean(x_t, eps, t, s, process), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            ddpm.ddpm_mean(x_t, eps, t, s, process), expected, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_the_mean_at_alpha_zero_is_refused():
@@ -215,14 +266,18 @@ def test_the_two_variances_on_the_chain():
 def test_learned_range_broadcasts_and_interpolates_logarithms():
     t, s = f64([0.5, 0.6]), f64([0.4, 0.5])
     v = torch.rand(2, 1, 3, 3, dtype=torch.float64)
-    small, large = (ddpm.reverse_variance(t, s, CHAIN, kind)[:, None, None, None] for kind in ("small", "large"))
+    small, large = (
+        ddpm.reverse_variance(t, s, CHAIN, kind)[:, None, None, None]
+        for kind in ("small", "large")
+    )
     torch.testing.assert_close(ddpm.learned_range_var(v, t, s, CHAIN), large**v * small ** (1 - v))
-    assert (ddpm.learned_range_var(v + 2, t, s, CHAIN) > large).all()     # unbounded
+    assert (ddpm.learned_range_var(v + 2, t, s, CHAIN) > large).all()  # unbounded
     with pytest.raises(ValueError, match="no range"):
         ddpm.learned_range_var(v, f64([0.5, 0.001]), f64([0.4, 0.0]), CHAIN)
 
 
 # -- the bound -----------------------------------------------------------------------------------
+
 
 def test_gaussian_kl_against_torch_for_every_shape_of_variance():
     generator = torch.Generator().manual_seed(0)
@@ -230,9 +285,15 @@ def test_gaussian_kl_against_torch_for_every_shape_of_variance():
     shapes = [(), (4,), (4, 3, 2)]
     for a in shapes:
         for b in shapes:
-            v, w = (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1 for shape in (a, b))
+            v, w = (
+                torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
+                for shape in (a, b)
+            )
             full = [x.reshape(4, 1, 1) if x.shape == (4,) else x for x in (v, w)]
-            q, p = (torch.distributions.Normal(c, x.sqrt().expand(4, 3, 2)) for c, x in zip((m, n), full))
+            q, p = (
+                torch.distributions.Normal(c, x.sqrt().expand(4, 3, 2))
+                for c, x in zip((m, n), full, strict=True)
+            )
             expected = torch.distributions.kl_divergence(q, p).sum((1, 2))
             torch.testing.assert_close(ddpm.gaussian_kl(m, v, n, w), expected)
 
@@ -244,8 +305,9 @@ def test_the_bound_on_gaussian_data_has_its_closed_form():
     generator = torch.Generator().manual_seed(3)
     x0 = law.sample(40_000, generator=generator)
     for variance in ("large", "small"):
-        bound = ddpm.variational_bound(law.denoiser(process), x0, chain_times(T), variance=variance,
-                                       generator=generator)
+        bound = ddpm.variational_bound(
+            law.denoiser(process), x0, chain_times(T), variance=variance, generator=generator
+        )
         assert bound.steps.shape == (40_000, T - 1)
         bars, betas = process.alpha_bar, process.betas
         expected = []
@@ -263,7 +325,7 @@ def test_the_bound_on_gaussian_data_has_its_closed_form():
         assert abs(bound.decoder.mean() - decoder) < 4.5 * bound.decoder.std() / 200
         prior = bars[T] / (1 - bars[T]) * x0.square().sum(1) / 2
         torch.testing.assert_close(bound.prior, prior)
-        assert bound.total.mean() > 1 + math.log(2 * math.pi * v)          # the entropy, d = 2
+        assert bound.total.mean() > 1 + math.log(2 * math.pi * v)  # the entropy, d = 2
         torch.testing.assert_close(bound.total, bound.prior + bound.steps.sum(1) + bound.decoder)
 
 
@@ -274,10 +336,14 @@ def test_a_chain_of_one_step_has_a_prior_and_a_decoder_only(law):
 
 def test_every_term_has_fresh_noise_and_the_generator_decides(law):
     x0, exact = law.sample(2000), law.denoiser(CHAIN)
-    first, again = (ddpm.variational_bound(exact, x0, chain_times(50), generator=torch.Generator().manual_seed(1))
-                    for _ in range(2))
+    first, again = (
+        ddpm.variational_bound(
+            exact, x0, chain_times(50), generator=torch.Generator().manual_seed(1)
+        )
+        for _ in range(2)
+    )
     assert torch.equal(first.total, again.total)
-    neighbours = torch.corrcoef(first.steps[:, -6:].T)                    # late steps: noise decides
+    neighbours = torch.corrcoef(first.steps[:, -6:].T)  # late steps: noise decides
     assert neighbours.fill_diagonal_(0).abs().max() < 0.5
 
 
@@ -287,7 +353,9 @@ def test_prior_kl_against_torch_and_with_the_papers_prior():
     for std, given in ((sigma, None), (f64(1.0), 1.0)):
         q, p = torch.distributions.Normal(alpha * x0, sigma), torch.distributions.Normal(0.0, std)
         expected = torch.distributions.kl_divergence(q, p).sum(1)
-        torch.testing.assert_close(ddpm.prior_kl(x0, 1.0, CHAIN, given), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            ddpm.prior_kl(x0, 1.0, CHAIN, given), expected, rtol=1e-9, atol=1e-12
+        )
 
 
 def test_step_kl_takes_batched_times_and_variances():
@@ -298,8 +366,10 @@ def test_step_kl_takes_batched_times_and_variances():
     for given in (var, var[:, None, None, None].expand_as(x0)):
         torch.testing.assert_close(ddpm.step_kl(x0, x_t, x0_hat, t, s, CHAIN, given), batched)
     for i in range(4):
-        alone = ddpm.step_kl(x0[i:i + 1], x_t[i:i + 1], x0_hat[i:i + 1], t[i].item(), s[i].item(), CHAIN)
-        torch.testing.assert_close(alone, batched[i:i + 1])
+        alone = ddpm.step_kl(
+            x0[i : i + 1], x_t[i : i + 1], x0_hat[i : i + 1], t[i].item(), s[i].item(), CHAIN
+        )
+        torch.testing.assert_close(alone, batched[i : i + 1])
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
@@ -333,22 +403,45 @@ def test_simple_loss_hands_on_the_condition():
 
 # -- the decoder ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("levels", [torch.linspace(-1, 1, 17), torch.linspace(0, 1, 256), torch.tensor([0.0, 1.0]),
-                                    torch.tensor([-1.0, 0.0, 0.1, 3.0])])
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        torch.linspace(-1, 1, 17),
+        torch.linspace(0, 1, 256),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([-1.0, 0.0, 0.1, 3.0]),
+    ],
+)
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 def test_bins_sum_to_one_for_any_levels(levels, dtype, atol):
     means = torch.tensor([[-2.0, 0.03, 0.5, 5.0]], dtype=dtype)
     for std in (0.02, 0.3, 3.0):
-        total = sum(ddpm.decoder_log_prob(level.expand(4, 1).to(dtype), means.T, torch.tensor(std**2), levels).exp()
-                    for level in levels)
+        total = sum(
+            ddpm.decoder_log_prob(
+                level.expand(4, 1).to(dtype), means.T, torch.tensor(std**2), levels
+            ).exp()
+            for level in levels
+        )
         torch.testing.assert_close(total, torch.ones(4, dtype=dtype), atol=atol, rtol=0)
+
+
+def test_every_bin_reaches_half_way_to_its_neighbours():
+    levels, ndtr = f64([-1.0, 0.0, 0.1, 3.0]), torch.special.ndtr
+    edges = f64([-math.inf, -0.5, 0.05, 1.55, math.inf])
+    mean, std = f64(0.2), f64(0.7)
+    got = ddpm.decoder_log_prob(levels[:, None], mean.expand(4, 1), std**2, levels)
+    expected = (ndtr((edges[1:] - mean) / std) - ndtr((edges[:-1] - mean) / std)).log()
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_far_bins_are_finite_symmetric_and_have_gradients(dtype):
     levels = torch.linspace(-1, 1, 17, dtype=dtype)
     x0 = torch.tensor([[1.0], [-1.0], [0.0], [0.0], [1.0], [-1.0]], dtype=dtype)
-    mean = torch.tensor([[-1.0], [1.0], [1.0], [-1.0], [5.0], [-5.0]], dtype=dtype, requires_grad=True)
+    mean = torch.tensor(
+        [[-1.0], [1.0], [1.0], [-1.0], [5.0], [-5.0]], dtype=dtype, requires_grad=True
+    )
     var = torch.full((6,), 1e-4, dtype=dtype, requires_grad=True)
     value = ddpm.decoder_log_prob(x0, mean, var, levels)
     assert value.isfinite().all()
@@ -361,13 +454,22 @@ def test_far_bins_are_finite_symmetric_and_have_gradients(dtype):
 def test_decoder_gradients_are_those_of_the_formula():
     levels = torch.linspace(-1, 1, 5, dtype=torch.float64)
     x0 = levels[[0, 2, 3, 4]][:, None]
-    mean, var = torch.randn(4, 1, dtype=torch.float64, requires_grad=True), f64([0.3]).requires_grad_()
-    assert torch.autograd.gradcheck(lambda m, v: ddpm.decoder_log_prob(x0, m, v.expand(4), levels), (mean, var))
+    mean, var = (
+        torch.randn(4, 1, dtype=torch.float64, requires_grad=True),
+        f64([0.3]).requires_grad_(),
+    )
+    assert torch.autograd.gradcheck(
+        lambda m, v: ddpm.decoder_log_prob(x0, m, v.expand(4), levels), (mean, var)
+    )
 
 
 def test_decoder_as_a_density_is_torchs_normal():
     x0, mean = torch.randn(2, 4, 3, dtype=torch.float64)
-    for var in (f64(0.3), torch.rand(4, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)):
+    for var in (
+        f64(0.3),
+        torch.rand(4, dtype=torch.float64),
+        torch.rand(4, 3, dtype=torch.float64),
+    ):
         std = (var[:, None] if var.shape == (4,) else var).sqrt().expand(4, 3)
         expected = torch.distributions.Normal(mean, std).log_prob(x0).sum(1)
         torch.testing.assert_close(ddpm.decoder_log_prob(x0, mean, var), expected)
@@ -376,7 +478,9 @@ def test_decoder_as_a_density_is_torchs_normal():
 def test_data_off_the_levels_are_refused():
     levels = torch.linspace(-1, 1, 17)
     with pytest.raises(ValueError, match="levels"):
-        ddpm.decoder_log_prob(torch.full((2, 3), 0.05), torch.zeros(2, 3), torch.tensor(1.0), levels)
+        ddpm.decoder_log_prob(
+            torch.full((2, 3), 0.05), torch.zeros(2, 3), torch.tensor(1.0), levels
+        )
 
 
 def test_the_bound_of_pixels_clips_predictions_to_their_range():

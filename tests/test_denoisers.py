@@ -65,7 +65,7 @@ def spread(t, n):
     batched=st.booleans(),
     sigma_data=st.floats(0.1, 5.0),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_there_and_back(process, names, t, shape, batched, sigma_data):
     source, target = names
     t = spread(t, shape[0]) if batched else t
@@ -517,7 +517,7 @@ def test_guidance_refuses():
 # --- Devices and refusals -------------------------------------------------------
 
 
-@each_name
+@pytest.mark.parametrize("name", ["x0", "score", "edm"])
 @pytest.mark.parametrize("time", ["t", "log_snr", "log_sigma", "index"])
 def test_no_call_looks_at_a_device_tensor(name, time):
     """On the meta device tensors have no values: looking at one is an error."""
@@ -526,10 +526,10 @@ def test_no_call_looks_at_a_device_tensor(name, time):
     x_t = torch.empty(4, 2, device="meta")
     one_for_all = [] if time == "index" else [torch.empty((), device="meta")]
     for t in (torch.empty(4, device="meta"), *one_for_all, 0.5, torch.full((4,), 0.5)):
-        for cond in (None, 1, torch.empty(4, dtype=torch.int64, device="meta")):
-            for model in (denoiser, guided(denoiser, 2.0) if cond is not None else denoiser):
-                for reading in READINGS.values():
-                    assert getattr(model, reading)(x_t, t, cond).device.type == "meta"
+        for reading in READINGS.values():
+            assert getattr(denoiser, reading)(x_t, t).device.type == "meta"
+        for cond in (1, torch.empty(4, dtype=torch.int64, device="meta")):
+            assert guided(denoiser, 2.0)(x_t, t, cond).device.type == "meta"
 
 
 @pytest.mark.parametrize("predicts", NAMES[:5])

@@ -428,6 +428,7 @@ PAIR = torch.zeros(2, 2)
         ),
         (lambda: GaussianMixture(PAIR, math.inf), ValueError, "finite"),
         (lambda: GaussianMixture(PAIR, 1.0, torch.tensor([0.5, 0.6])), ValueError, "sum 1"),
+        (lambda: GaussianMixture(PAIR, 1.0, torch.tensor([0.5, 0.4])), ValueError, "sum 1"),
         (lambda: GaussianMixture(PAIR, 1.0, torch.tensor([1.5, -0.5])), ValueError, "positive"),
         (lambda: GaussianMixture(PAIR, 1.0, torch.tensor([1.0, 0.0])), ValueError, "positive"),
         (lambda: GaussianMixture(PAIR, 1.0, torch.ones(3) / 3), ValueError, "2 positive numbers"),

@@ -196,7 +196,7 @@ def test_channels_last_gives_the_same():
 
 @each_net
 def test_traces_without_breaks(net):
-    """What torch.compile needs: one graph, labels included (the eager backend needs no compiler)."""
+    """One graph, labels included, is what torch.compile needs; this backend needs no compiler."""
     net = opened(copy.deepcopy(net)).eval()
     x, t = inputs(net)
     cond = torch.tensor([0, -1, 2])

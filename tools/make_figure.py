@@ -8,7 +8,7 @@ import diffnotes as dn
 from diffnotes import plots
 
 PATH = Path(__file__).resolve().parent.parent / "nbs" / "images" / "overview.png"
-COLUMNS = (0, 7, 9, 11, 17)
+COLUMNS = (0, 8, 9, 10, 17)
 
 
 def states(denoiser, n):

@@ -42,7 +42,7 @@ OPERATORS |= {ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 OPERATORS |= {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt}
 OPERATORS |= {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
 DROPPED = {"sqrt", "rsqrt", "square", "exp", "expm1", "log", "log1p", "abs", "neg", "cumprod"}
-UNORDERED = {"isinstance", "min", "max", "minimum", "maximum", "logaddexp", "zip", "getattr"}
+UNORDERED = {"isinstance", "minimum", "maximum", "min", "max", "zip", "promote_types"}
 NO_ARITHMETIC = ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom
 DECLARATIONS = {"annotation", "returns", "decorator_list", "bases"}
 
@@ -212,23 +212,24 @@ def baseline(notebook, scratch):
 
 
 def survey(notebook, count, seed, jobs):
-    """Runs a sample of the notebook's mutants and prints what survives."""
+    """Runs a sample of the notebook's mutants and prints those that survive, then the tally."""
     every = notebook.mutants()
     chosen = random.Random(seed).sample(every, min(count, len(every)))
     chosen.sort(key=lambda mutant: (mutant.cell, mutant.line))
     with tempfile.TemporaryDirectory() as scratch:
         skipped, seconds = baseline(notebook, scratch)
-        limit, queue, running, outcomes = int(10 + 5 * seconds), iter(chosen), {}, {}
-        while len(outcomes) < len(chosen):
+        left = f"without cells {sorted(skipped)}" if skipped else "every cell"
+        print(f"{notebook.path.stem}: {len(chosen)} of {len(every)} mutants, {left}", flush=True)
+        limit, queue, running, outcomes = int(10 + 5 * seconds), iter(chosen), {}, Counter()
+        while outcomes.total() < len(chosen):
             while len(running) < jobs and (mutant := next(queue, None)):
                 running[start(notebook, scratch, skipped, mutant, limit)] = mutant
-            outcomes.update([finish(running)])
-    counts = ", ".join(f"{n} {what}" for what, n in Counter(outcomes.values()).most_common())
-    print(f"{notebook.path.stem}: {len(chosen)} of {len(every)} mutants: {counts}")
-    print(f"  cells left out: {sorted(skipped) or 'none'}", flush=True)
-    for mutant in chosen:
-        if outcomes[mutant] == OUTCOMES[0]:
-            print(f"  cell {mutant.cell} line {mutant.line}:  {mutant.old}  ->  {mutant.new}")
+            mutant, outcome = finish(running)
+            outcomes[outcome] += 1
+            if outcome == OUTCOMES[0]:
+                place = f"cell {mutant.cell} line {mutant.line}"
+                print(f"  {place}:  {mutant.old}  ->  {mutant.new}", flush=True)
+    print("  " + ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common()), flush=True)
 
 
 def main():

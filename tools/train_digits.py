@@ -135,7 +135,7 @@ def main() -> None:
     if not options.judge:
         begun = time.monotonic()
         denoiser = fit(options.steps)
-        recipe = {**RECIPE, "steps": options.steps, "data": "digits, train split",
+        recipe = {**RECIPE, "steps": options.steps, "data": "digits, train split", "levels": 17,
                   "script": "tools/train_digits.py", "torch": torch.__version__.split("+")[0]}
         save(denoiser, options.out, dtype=torch.float16, data_range=(-1.0, 1.0), info=recipe)
         print(f"trained and stored in {time.monotonic() - begun:.0f} s")
