@@ -28,7 +28,7 @@ except ImportError as error:
     raise ImportError(missing) from error
 
 # %% ../nbs/90_plots.ipynb #0702631f
-#: Colour of each role: data grey, exact black, model blue, noise orange.
+#: Colour of each role (data grey, exact black, model blue, noise orange).
 PALETTE = {"data": "#8c8c8c", "exact": "#000000", "model": "#0072b2", "noise": "#d55e00"}
 
 #: Further colours, for figures that compare more than one model or sampler.

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from shutil import copymode
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any
     try:
         save_file(dict(tensors), weights)
         text.write_text(_json({**config, "weights_sha256": _sha256(weights)}), encoding="utf-8")
+        copymode(text, weights)
         for path in (weights, text):
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())

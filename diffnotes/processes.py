@@ -594,7 +594,7 @@ class _Steps(_Preserving):
 
     def _interpolate(self, t: Tensor) -> Tensor:
         table, (k, arrival) = self._table(t), self._step(t)
-        return torch.lerp(table[arrival - 1], table[arrival], k - (arrival - 1))
+        return torch.lerp(table.take(arrival - 1), table.take(arrival), k - (arrival - 1))
 
 # %% ../nbs/02_processes.ipynb #282e9f60
 def _require_betas(betas: Tensor | Sequence[float]) -> Tensor:
@@ -643,7 +643,7 @@ class Discrete(_Steps):
 
     def _rate(self, t: Tensor) -> Tensor:
         table, (_, arrival) = self._table(t), self._step(t)
-        return (self.n_steps * (table[arrival] - table[arrival - 1])).to(t.dtype)
+        return (self.n_steps * (table.take(arrival) - table.take(arrival - 1))).to(t.dtype)
 
     def _integral(self, s: Tensor, t: Tensor) -> Tensor:
         return (self._interpolate(t) - self._interpolate(s)).to(torch.result_type(s, t))
@@ -651,8 +651,8 @@ class Discrete(_Steps):
     def _t_of_integral(self, integral: Tensor) -> Tensor:
         table = self._table(integral)
         arrival = torch.searchsorted(table, integral.to(table.dtype)).clamp(1, self.n_steps)
-        gap = (table[arrival] - table[arrival - 1]).clamp(min=torch.finfo(table.dtype).tiny)
-        k = arrival - 1 + (integral - table[arrival - 1]) / gap
+        gap = (table.take(arrival) - table.take(arrival - 1)).clamp(min=torch.finfo(table.dtype).tiny)
+        k = arrival - 1 + (integral - table.take(arrival - 1)) / gap
         return (k / self.n_steps).to(integral.dtype)
 
 # %% ../nbs/02_processes.ipynb #c03c18a7
