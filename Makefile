@@ -11,10 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CACHE := _build/.jupyter_cache
-# One thread a process (two spinning pools on two cores are ten times slower), no progress bars in outputs.
+# One thread a process: two spinning pools on two cores are ten times slower.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
-export TQDM_DISABLE := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export JUPYTERCACHE := $(CACHE)
 
@@ -41,7 +40,7 @@ book: $(READY) ## execute every notebook, build the book strictly
 	fi
 	echo "== executing the notebooks ($(JOBS) at a time)"
 	$(BIN)/jcache notebook add nbs/*.ipynb >/dev/null
-	$(BIN)/jcache project execute --executor local-parallel --timeout 300
+	TQDM_DISABLE=1 $(BIN)/jcache project execute --executor local-parallel --timeout 300
 	echo "== building the pages"
 	$(BIN)/jupyter-book build nbs --path-output . --config $(CURDIR)/_config.yml --toc $(CURDIR)/_toc.yml -W -n --keep-going $(BOOKFLAGS)
 	echo "== the book: $(CURDIR)/_build/html/index.html"
@@ -57,7 +56,7 @@ test: $(READY) ## export in sync, notebooks clean, ruff, tests, every notebook e
 notebooks: $(READY) export ## re-execute the notebooks in place, normalised
 	@for nb in $(NB); do
 		echo "== $$nb"
-		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
+		TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN \
 			--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=300 $$nb
 		$(BIN)/nbstripout --keep-output --keep-count --keep-id $$nb
 	done

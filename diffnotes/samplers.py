@@ -454,13 +454,16 @@ def _start(denoiser: Denoiser, size: Sequence[int], first: Tensor, noise: Callab
 @contextmanager
 def _bar(progress: bool, total: int, callback: Callable | None) -> Iterator[Callable | None]:
     """The callback, which also advances a progress bar if one is wanted."""
+    if not progress:
+        yield callback
+        return
     from tqdm import tqdm
-    with tqdm(total=total, unit="step", disable=not progress) as bar:
+    with tqdm(total=total, unit="step") as bar:
         def report(*args: Any) -> None:
             bar.update()
             if callback is not None:
                 callback(*args)
-        yield report if progress else callback
+        yield report
 
 # %% ../nbs/13_one_family.ipynb #bb137577
 def sample(denoiser: Denoiser, n: int | None = None, *, sampler: str | Callable | Sampler = "heun",

@@ -24,7 +24,7 @@ from .processes import Discrete, Process
 __all__ = ['WEIGHTINGS', 'loss', 'draw_times', 'ema_decay', 'ema_update', 'train']
 
 # %% ../nbs/22_training.ipynb #62a56e8b
-#: For each weighting by name, the coordinate its error is measured in and the factor w(process, t).
+#: For each weighting, the coordinate its error is measured in and the factor w(process, t).
 WEIGHTINGS: dict[str, tuple[str, Callable[[Process, Tensor], Tensor]]] = {
     "simple": ("eps", lambda process, t: torch.ones_like(t)),
     "x0": ("x0", lambda process, t: torch.ones_like(t)),
