@@ -35,6 +35,16 @@ def _paired(label: str, actual: Tensor, expected: Tensor) -> None:
     if actual.numel() == 0:
         raise ValueError(f"{label}: nothing to compare, shape {tuple(actual.shape)}")
 
+# %% ../nbs/00_checks.ipynb #5d15a9ce
+def _distance(actual: Tensor, expected: Tensor) -> Tensor:
+    """Returns abs(actual - expected) in float64; that of two integers is not rounded to 0."""
+    a, b = actual.double(), expected.double()
+    gap = torch.where(a == b, 0.0, (a - b).abs())
+    if actual.is_floating_point() or expected.is_floating_point():
+        return gap
+    exact = (actual.long() - expected.long()).abs().double()
+    return torch.where(gap < 2.0**62, exact, gap)
+
 # %% ../nbs/00_checks.ipynb #28699b1a
 def check(label: str, actual: Any, expected: Any, *,
           atol: float = 1e-12, rtol: float = 0.0) -> None:
@@ -47,6 +57,8 @@ def check(label: str, actual: Any, expected: Any, *,
         atol: absolute tolerance, finite and not negative.
         rtol: tolerance relative to ``expected``, finite and not negative.
 
+    Two integers are compared exactly; an integer beside a float counts as a float64.
+
     Raises:
         AssertionError: an entry is off by more than the tolerance or is NaN, or the shapes differ.
             Equal infinities agree.
@@ -54,10 +66,10 @@ def check(label: str, actual: Any, expected: Any, *,
     """
     if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
         raise ValueError(f"{label}: atol and rtol must be finite and >= 0, got {atol} and {rtol}")
-    actual, expected = _tensor(actual).double(), _tensor(expected).double()
+    actual, expected = _tensor(actual), _tensor(expected)
     _paired(label, actual, expected)
-    error = torch.where(actual == expected, 0.0, (actual - expected).abs())
-    near = error.isfinite() & (error <= atol + rtol * expected.abs())
+    error = _distance(actual, expected)
+    near = error.isfinite() & (error <= atol + rtol * expected.double().abs())
     holds = near | (error == 0)
     worst = error.max().item()
     if not holds.all():

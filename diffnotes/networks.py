@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,18 @@ def time_features(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
     Returns:
         ``(B, dim)``, float32 or better, all cosines first.
 
+    Raises:
+        TypeError: ``dim`` is not an int.
+        ValueError: ``dim`` is odd or less than 2, or ``t`` has another shape.
+
     Reference:
         Vaswani et al. (2017), section 3.5; ``eq-net-features``.
     """
+    if not isinstance(dim, int):
+        raise TypeError(f"dim must be an int; got {dim!r}")
+    if dim < 2 or dim % 2 or t.ndim != 1:
+        raise ValueError("dim must be even and at least 2, and t of shape (B,);"
+                         f" got {dim} and {tuple(t.shape)}")
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     half = dim // 2
     k = torch.arange(half, device=t.device, dtype=t.dtype)
@@ -102,14 +112,27 @@ class _Block(nn.Module):
         return h + self.last(F.silu(self.first(F.silu(self.norm(h))) + self.emb(emb)))
 
 # %% ../nbs/21_networks.ipynb #2218cf91
-def _check_sizes(sizes: dict, even: str) -> None:
+def _check_sizes(sizes: dict, even: str, time_scale: float) -> None:
     """Refuses sizes that are not positive integers, and an odd one where waves come in pairs."""
     for name, value in sizes.items():
-        for number in value if isinstance(value, (tuple, list)) else [value]:
-            if number is not None:
+        if value == []:
+            raise ValueError(f"{name} must hold at least one number; got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None or name not in ("n_classes", "out_channels"):
                 require_positive_int(name, number)
     if sizes[even] % 2:
         raise ValueError(f"{even} must be even; got {sizes[even]}")
+    if isinstance(time_scale, bool) or not isinstance(time_scale, Real):
+        raise TypeError(f"time_scale must be a number; got {time_scale!r}")
+    if not 0 < time_scale < math.inf:
+        raise ValueError(f"time_scale must be positive and finite; got {time_scale}")
+
+
+def _check_points(x: Tensor, dim: int, out_channels: int) -> None:
+    """Refuses samples of another size, and shaped ones where several predictions are wanted."""
+    if x.ndim < 2 or math.prod(x.shape[1:]) != dim or (out_channels > 1 and x.ndim > 2):
+        allowed = f"(B, {dim})" if out_channels > 1 else f"(B, {dim}) or (B, *shape) of that size"
+        raise ValueError(f"x must have shape {allowed}; got {tuple(x.shape)}")
 
 # %% ../nbs/21_networks.ipynb #20f246a9
 class MLP(nn.Module):
@@ -124,8 +147,13 @@ class MLP(nn.Module):
             and the output is ``(B, out_channels * dim)``.
         time_scale: multiplies the times; 1000 for a clock over [0, 1], 1 for integer steps.
 
+    Attributes:
+        n_classes: as given.
+
     Raises:
-        ValueError: a size that is not positive, or an odd ``hidden``.
+        TypeError: a size that is not an int, or ``time_scale`` not a number.
+        ValueError: a size that is not positive, an odd ``hidden``, a ``time_scale`` that is not
+            positive and finite.
     """
 
     def __init__(self, dim: int, hidden: int = 128, depth: int = 3, n_classes: int | None = None,
@@ -133,8 +161,8 @@ class MLP(nn.Module):
         super().__init__()
         sizes = dict(dim=dim, hidden=hidden, depth=depth, n_classes=n_classes,
                      out_channels=out_channels)
-        _check_sizes(sizes, even="hidden")
-        self._config = dict(sizes, time_scale=time_scale)
+        _check_sizes(sizes, "hidden", time_scale)
+        self._config, self.n_classes = dict(sizes, time_scale=time_scale), n_classes
         self.embedding = _Embedding(hidden, n_classes, time_scale)
         self.first = nn.Linear(dim, hidden)
         self.blocks = nn.ModuleList(_Block(hidden) for _ in range(depth))
@@ -142,7 +170,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Returns the prediction, shape of ``x``, for times ``(B,)`` and labels int64 ``(B,)``."""
-        _check_inputs(x, t, cond, self._config["n_classes"])
+        _check_points(x, self._config["dim"], self._config["out_channels"])
+        _check_inputs(x, t, cond, self.n_classes)
         emb = self.embedding(t, cond)
         h = self.first(x.flatten(1))
         for block in self.blocks:
@@ -254,8 +283,13 @@ class UNet(_UShape):
         out_channels: channels of the output; by default as many as of the input.
         time_scale: multiplies the times; 1000 for a clock over [0, 1], 1 for integer steps.
 
+    Attributes:
+        n_classes: as given.
+
     Raises:
-        ValueError: a size that is not positive, an odd ``channels``, ``dropout`` outside [0, 1).
+        TypeError: a size that is not an int, or ``time_scale`` not a number.
+        ValueError: a size that is not positive, an odd ``channels``, no ``multipliers``,
+            ``dropout`` outside [0, 1), a ``time_scale`` that is not positive and finite.
 
     Reference:
         Ronneberger et al. (2015) for the shape; Ho et al. (2020), appendix B, for such blocks.
@@ -265,9 +299,11 @@ class UNet(_UShape):
                  multipliers: Sequence[int] = (1, 2), blocks: int = 1, attention: bool = True,
                  n_classes: int | None = None, dropout: float = 0.0,
                  out_channels: int | None = None, time_scale: float = 1000.0):
+        if not isinstance(multipliers, Sequence) or isinstance(multipliers, str):
+            raise TypeError(f"multipliers must be a sequence of ints; got {multipliers!r}")
         sizes = dict(in_channels=in_channels, channels=channels, multipliers=list(multipliers),
                      blocks=blocks, n_classes=n_classes, out_channels=out_channels)
-        _check_sizes(sizes, even="channels")
+        _check_sizes(sizes, "channels", time_scale)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
         widths, emb = [channels * m for m in multipliers], 4 * channels
@@ -275,11 +311,12 @@ class UNet(_UShape):
         super().__init__(in_channels, out_channels or in_channels, widths, blocks, attention, emb,
                          dropout, embedding)
         self._config = dict(sizes, attention=attention, dropout=dropout, time_scale=time_scale)
+        self.n_classes = n_classes
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Returns the prediction for times ``(B,)`` and labels int64 ``(B,)``, -1 for none."""
         _check_image(x, self._config["in_channels"], len(self.down))
-        _check_inputs(x, t, cond, self._config["n_classes"])
+        _check_inputs(x, t, cond, self.n_classes)
         return self._through(self.first(x), self.embedding(t, cond))
 
     def config(self) -> dict:

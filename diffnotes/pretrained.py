@@ -112,6 +112,8 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any
         os.replace(text, folder / _CONFIG)
     except BaseException:
         _restore(folder)
+        if not (folder / _CONFIG).exists():
+            (folder / _WEIGHTS).unlink(missing_ok=True)
         raise
     finally:
         weights.unlink(missing_ok=True)
@@ -143,16 +145,48 @@ def _build(config: Mapping[str, Any]) -> Denoiser:
 def _fill(denoiser: Denoiser, tensors: Mapping[str, Tensor]) -> Denoiser:
     """The denoiser with these weights, if they are the ones that its network has."""
     wanted = denoiser.net.state_dict()
+    both = wanted.keys() & tensors.keys()
     wrong = {"missing": sorted(wanted.keys() - tensors.keys()),
              "unknown": sorted(tensors.keys() - wanted.keys()),
-             "of another shape": sorted(k for k in wanted.keys() & tensors.keys()
-                                        if wanted[k].shape != tensors[k].shape)}
+             "of another shape": sorted(k for k in both if wanted[k].shape != tensors[k].shape),
+             "of a dtype that no weight has": sorted(
+                 k for k in both if tensors[k].dtype not in _STORED.values())}
     found = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' * (len(keys) > 3)})"
              for what, keys in wrong.items() if keys]
     if found:
         raise ValueError(f"the weights do not fit the network: {'; '.join(found)}")
+    _require_fit(denoiser)
     denoiser.net.load_state_dict(tensors)
     return denoiser
+
+
+@torch.no_grad()
+def _require_fit(denoiser: Denoiser) -> None:
+    """Refuses a shape that the network does not take: it is given a batch of no samples."""
+    if denoiser.shape is None:
+        return
+    try:
+        denoiser.net(torch.empty(0, *denoiser.shape, dtype=denoiser.dtype), torch.empty(0))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"shape {denoiser.shape} does not fit the network: {error}") from None
+
+# %% ../nbs/24_pretrained.ipynb #6f0d3b8e
+def _require_ours(folder: Path) -> None:
+    """Refuses a file, a folder that cannot be written, and one that holds another's files."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; a denoiser is saved as a folder")
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written: permission denied")
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        other = _CONFIG if config["format"] != _FORMAT else None
+    except FileNotFoundError:
+        other = _WEIGHTS if (folder / _WEIGHTS).exists() else None
+    except (ValueError, KeyError, TypeError):
+        other = _CONFIG
+    if other:
+        raise FileExistsError(f"{folder} has a {other} that diffnotes did not write, and saving"
+                              " would replace it: choose another folder, or remove it")
 
 # %% ../nbs/24_pretrained.ipynb #fefb908c
 def save(denoiser: Denoiser, folder: str | os.PathLike, *, dtype: torch.dtype | None = None,
@@ -175,14 +209,19 @@ def save(denoiser: Denoiser, folder: str | os.PathLike, *, dtype: torch.dtype | 
 
     Raises:
         TypeError: not a denoiser, or one whose network or time is a function, or ``info`` is not
-            JSON. Nothing is written then.
-        ValueError: a weight beyond the range of ``dtype``, or senseless ``data_range``.
+            JSON. Nothing is written then, nor in the next three cases.
+        ValueError: a weight beyond the range of ``dtype``, a shape that the network does not take,
+            or senseless ``data_range``.
+        FileExistsError: ``folder`` is a file, or its config.json or model.safetensors were not
+            written by this function.
+        PermissionError: ``folder`` cannot be written.
     """
     folder, stored = Path(folder), None if dtype is None else _STORED[_dtype_name(dtype)]
     config = {"format": _FORMAT, "version": _VERSION, **_describe(denoiser),
               "data_range": _range(data_range), "info": dict(info or {})}
     tensors = _tensors(denoiser.net, stored)
     _fill(_build(json.loads(_json(config))), tensors)
+    _require_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _restore(folder)
     _write(folder, tensors, config)

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +36,14 @@ WEIGHTINGS: dict[str, tuple[str, Callable[[Process, Tensor], Tensor]]] = {
 }
 
 # %% ../nbs/22_training.ipynb #39a441ab
-def loss(denoiser: Denoiser, x0: Tensor, *, t: Tensor, eps: Tensor, weighting: str = "simple",
-         cond: Tensor | None = None) -> Tensor:
+def loss(denoiser: Denoiser, x0: Tensor, *, t: float | Tensor, eps: Tensor,
+         weighting: str = "simple", cond: Tensor | None = None) -> Tensor:
     """Returns w(t) times the mean squared error of the prediction, for each sample.
 
     Args:
         denoiser: the model; its process makes ``x_t``.
         x0: clean samples, ``(B, *D)``.
-        t: times in [0, 1], ``(B,)``, where the coordinate of the weighting is regular.
+        t: times in [0, 1], ``()`` or ``(B,)``, where the coordinate of the weighting is regular.
         eps: standard normal noise, shape of ``x0``.
         weighting: a key of ``WEIGHTINGS``; edm needs a denoiser with ``sigma_data``.
         cond: labels int64 ``(B,)``, or None.
@@ -51,6 +52,7 @@ def loss(denoiser: Denoiser, x0: Tensor, *, t: Tensor, eps: Tensor, weighting: s
         ``(B,)``, a mean over the numbers of a sample, differentiable in the network's weights.
 
     Raises:
+        TypeError: ``x0``, ``eps`` or ``t`` of another kind.
         ValueError: an unknown weighting, shapes that disagree, t outside [0, 1].
 
     Reference:
@@ -62,6 +64,7 @@ def loss(denoiser: Denoiser, x0: Tensor, *, t: Tensor, eps: Tensor, weighting: s
     value = denoiser.predict(x_t, t, cond)
     value = convert(value, x_t, t, process, denoiser.predicts, coordinate, **scale)
     error = value - from_x0_eps(x0, eps, t, process, coordinate, **scale)
+    t = t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
     return factor(process, t) * error.square().flatten(1).mean(1)
 
 # %% ../nbs/22_training.ipynb #9734d091
@@ -78,6 +81,10 @@ def draw_times(process: Process, n: int, *, generator: torch.Generator | None = 
 
     Returns:
         ``(n,)`` float32. A single one, picked at random, is uniform.
+
+    Raises:
+        TypeError: ``n`` is not an int.
+        ValueError: ``n`` is less than 1.
 
     Reference:
         Kingma et al. (2021), whose low-discrepancy sampler shares one offset;
@@ -96,14 +103,19 @@ def ema_decay(k: int, limit: float = 0.999) -> float:
 
     Args:
         k: number of steps taken before, 0 at the first.
-        limit: decay after the warm-up, in [0, 1).
+        limit: decay after the warm-up, in [0, 1]; with 1 the warm-up never ends.
 
     Returns:
         A number in [0, 1): what the average keeps of itself.
 
+    Raises:
+        ValueError: ``k`` is negative, or ``limit`` outside [0, 1].
+
     Reference:
         ``eq-train-ema``.
     """
+    if k < 0 or not 0 <= limit <= 1:
+        raise ValueError(f"k must be at least 0 and limit in [0, 1]; got {k} and {limit}")
     return min(limit, (1 + k) / (10 + k))
 
 
@@ -112,20 +124,26 @@ def ema_update(average: list[Tensor], current: list[Tensor], decay: float) -> No
     """Sets each average to decay times itself plus 1 - decay times the current value, in place.
 
     Args:
-        average: averaged weights, overwritten.
+        average: averaged weights, overwritten; in float32 or better, whatever the current ones.
         current: present weights, in the same order.
         decay: a number in [0, 1].
+
+    Raises:
+        ValueError: the lists differ in length.
 
     Reference:
         ``eq-train-ema``.
     """
+    current = [now.to(mean.dtype) for mean, now in zip(average, current, strict=True)]
     torch._foreach_lerp_(average, current, 1 - decay)
 
 # %% ../nbs/22_training.ipynb #31169cfa
 def _pair(data: Tensor | tuple | list) -> tuple[Tensor, Tensor | None]:
     """Samples and labels of a tensor, or of a tuple of one or two."""
-    x, y, *_ = (*data, None) if isinstance(data, (tuple, list)) else (data, None)
-    return x, y
+    parts = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+    if not 1 <= len(parts) <= 2:
+        raise ValueError(f"data must be samples, or (samples, labels); got {len(parts)} items")
+    return parts[0], parts[1] if len(parts) == 2 else None
 
 
 def _labelled(data: Tensor | tuple | list, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
@@ -138,24 +156,40 @@ def _labelled(data: Tensor | tuple | list, denoiser: Denoiser) -> tuple[Tensor, 
         require_shape("data", x, denoiser.shape)
     if not x.isfinite().all():
         raise ValueError("data has values that are not finite")
-    if y is not None and (y.dtype != torch.int64 or y.shape != x.shape[:1]):
-        raise ValueError(f"labels must be int64 of shape ({len(x)},);"
-                         f" got {y.dtype} {tuple(y.shape)}")
+    _require_labels(y, len(x), denoiser.net)
     return x, y
 
+# %% ../nbs/22_training.ipynb #48ea5f06
+def _require_labels(y: Tensor | None, n: int, net: nn.Module) -> None:
+    """Refuses labels that are not one int64 for each sample, among those that the network has."""
+    if y is None:
+        return
+    if not torch.is_tensor(y) or y.dtype != torch.int64:
+        kind = y.dtype if torch.is_tensor(y) else type(y).__name__
+        raise TypeError(f"labels must be an int64 tensor; got {kind}")
+    if y.shape != (n,):
+        raise ValueError(f"labels must be int64 of shape ({n},); got shape {tuple(y.shape)}")
+    classes, low, high = getattr(net, "n_classes", None), int(y.min()), int(y.max())
+    if isinstance(classes, int) and (low < -1 or high >= classes):
+        raise ValueError(f"labels must be -1 (none) or 0 to {classes - 1}; got {low} to {high}")
+
 # %% ../nbs/22_training.ipynb #f8f2498a
-def _source(data: Tensor | tuple[Tensor, Tensor] | Dataset,
+def _supply(data: Tensor | tuple[Tensor, Tensor] | Dataset,
             denoiser: Denoiser) -> tuple[int, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
     """The number of samples, and a function from indices to samples and labels (or None)."""
-    if isinstance(data, Dataset):
-        n, pick = len(data), lambda indices: default_collate([data[i] for i in indices.tolist()])
-        if n == 0:
-            raise ValueError("data is empty")
-        _labelled(pick(torch.tensor([0])), denoiser)
-    else:
+    if not isinstance(data, Dataset):
         x, y = _at_home(*_labelled(data, denoiser), denoiser)
-        n, pick = len(x), lambda indices: (x[indices], None if y is None else y[indices])
-    return n, lambda indices: _at_home(*_pair(pick(indices)), denoiser)
+        return len(x), lambda indices: (x[indices], None if y is None else y[indices])
+    if len(data) == 0:
+        raise ValueError("data is empty")
+
+    def fetch(indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, y = _pair(default_collate([data[i] for i in indices.tolist()]))
+        _require_labels(y, len(x), denoiser.net)
+        return _at_home(x, y, denoiser)
+
+    _labelled(default_collate([data[0]]), denoiser)
+    return len(data), fetch
 
 
 def _at_home(x: Tensor, y: Tensor | None, denoiser: Denoiser) -> tuple[Tensor, Tensor | None]:
@@ -181,10 +215,10 @@ def _in_training(net: nn.Module, seed: int, device: torch.device) -> Iterator[to
     """A seeded generator, the global one seeded alike; state and mode are put back after."""
     before = net.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         try:
             net.train()
-            yield torch.Generator(device).manual_seed(seed)
+            yield torch.Generator(device).manual_seed(int(seed))
         finally:
             net.train(before)
 
@@ -238,25 +272,44 @@ def _frozen_copy(denoiser: Denoiser) -> Denoiser:
     return result
 
 
+def _wide(x: Tensor) -> Tensor:
+    """The same tensor in float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _fused(device: torch.device) -> dict:
     """AdamW's fused form where PyTorch has it."""
     return {"fused": True} if device.type in ("cpu", "cuda") else {}
 
 
-def _bar(steps: int, progress: bool) -> tqdm:
-    """A progress bar over the steps."""
+def _settle(net: nn.Module, weights: list[Tensor], trained: nn.Module) -> None:
+    """Gives a network these weights, cast to its dtype, and the buffers of the trained one."""
+    new = *weights, *trained.buffers()
+    for mine, its in zip((*net.parameters(), *net.buffers()), new, strict=True):
+        mine.copy_(its)
+
+
+def _counter(steps: int, progress: bool) -> tqdm:
+    """The steps, counted in a progress bar if one is wanted."""
     return tqdm(range(steps), unit="step", **({} if progress else {"disable": True}))
 
 # %% ../nbs/22_training.ipynb #e8f804fb
 def _check_run(denoiser: Denoiser, steps: int, batch_size: int, lr: float, weighting: str,
-               label_dropout: float, ema: float) -> None:
+               seed: int, label_dropout: float, ema: float) -> None:
     """Refuses what cannot be a run."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError("denoiser must be a Denoiser(net, process, predicts); got a bare "
+                        + type(denoiser).__name__)
     if not isinstance(denoiser.net, nn.Module) or not any(True for _ in denoiser.parameters()):
         raise ValueError("denoiser has no parameters to train: its net must be a torch module")
     require_positive_int("steps", steps), require_positive_int("batch_size", batch_size)
     coordinate, _ = WEIGHTINGS[require_choice("weighting", weighting, WEIGHTINGS)]
     if coordinate == "edm" and denoiser.sigma_data is None:
         raise ValueError("weighting='edm' needs a denoiser with sigma_data")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be at least 0 and less than 2**64, got {seed}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite; got {lr}")
     for name, value in (("label_dropout", label_dropout), ("ema", ema)):
@@ -282,11 +335,11 @@ def train(denoiser: Denoiser, data: Tensor | tuple[Tensor, Tensor] | Dataset, *,
         batch_size: samples in an update.
         lr: largest step size.
         weighting: a key of ``WEIGHTINGS``.
-        seed: of data order, times, noise, forgotten labels and dropout; the global generator is
-            left as it was.
+        seed: int >= 0, of data order, times, noise, forgotten labels and dropout; the global
+            generator is left as it was.
         label_dropout: probability with which a label is replaced by -1, the null label, so that
             the network also learns to do without: what guidance needs.
-        ema: limit of the decay of the weight average.
+        ema: limit of the decay of the weight average, which is kept in float32 or better.
         progress: show a bar.
         callback: called with (k, loss) after each step; the loss is a tensor on the device.
 
@@ -294,20 +347,22 @@ def train(denoiser: Denoiser, data: Tensor | tuple[Tensor, Tensor] | Dataset, *,
         A new denoiser in evaluation mode, its parameters without gradients.
 
     Raises:
-        TypeError: data or labels of another dtype.
-        ValueError: no parameters, empty data, shapes that disagree, values that are not finite,
-            or an argument out of range.
+        TypeError: ``denoiser`` is none, data or labels of another dtype or kind, ``seed``,
+            ``steps`` or ``batch_size`` not an int.
+        ValueError: no parameters, empty data, more than two parts, shapes that disagree, values
+            that are not finite, labels that the network does not have, or an argument out of
+            range.
         FloatingPointError: a loss that is not finite; the message names the step.
 
     Reference:
         Ho et al. (2020), algorithm 1, for the loop; book chapter 22.
     """
-    _check_run(denoiser, steps, batch_size, lr, weighting, label_dropout, ema)
-    n, fetch = _source(data, denoiser)
+    _check_run(denoiser, steps, batch_size, lr, weighting, seed, label_dropout, ema)
+    n, fetch = _supply(data, denoiser)
     net, average = denoiser.net, _frozen_copy(denoiser)
-    current, averages = list(net.parameters()), list(average.net.parameters())
+    current, averages = list(net.parameters()), [_wide(p) for p in average.net.parameters()]
     optimizer = torch.optim.AdamW(current, lr, weight_decay=0.0, **_fused(denoiser.device))
-    with _in_training(net, seed, denoiser.device) as generator, _bar(steps, progress) as bar:
+    with _in_training(net, seed, denoiser.device) as generator, _counter(steps, progress) as bar:
         watch, indices = _Watch(bar, denoiser.device, callback), _indices(n, batch_size, generator)
         for k in bar:
             x0, cond = fetch(next(indices))
@@ -318,6 +373,5 @@ def train(denoiser: Denoiser, data: Tensor | tuple[Tensor, Tensor] | Dataset, *,
             optimizer.step()
             ema_update(averages, current, ema_decay(k, ema))
             watch(k, value.detach())
-    for mine, its in zip(average.net.buffers(), net.buffers(), strict=True):
-        mine.copy_(its)
+    _settle(average.net, averages, net)
     return average

@@ -61,6 +61,21 @@ def test_check_keeps_the_precision_of_python_numbers():
     assert not passes(check, torch.tensor(0.1), 0.1)
 
 
+@pytest.mark.parametrize(("actual", "expected", "error"), [
+    (2**60 + 1, 2**60, 1), (2**60, 2**60 + 100, 100), (-(2**62), 2**62, 2**63),
+    (-(2**63), 2**63 - 1, 2**64), (-(2**60), -(2**60) - 3, 3),
+    (torch.tensor(0, dtype=torch.uint8), torch.tensor(255, dtype=torch.uint8), 255),
+    (torch.tensor(False), torch.tensor(True), 1)])
+def test_check_does_not_round_integers(actual, expected, error):
+    assert passes(check, actual, actual) and passes(check, expected, expected)
+    assert not passes(check, actual, expected, atol=0.99 * error)
+    assert passes(check, actual, expected, atol=1.01 * error)
+
+
+def test_check_takes_an_integer_beside_a_float_as_a_float():
+    assert passes(check, 2**60 + 1, 2.0**60) and not passes(check, 2**53 - 1, 2.0**53)
+
+
 def test_check_refuses_what_would_prove_nothing():
     with pytest.raises(ValueError, match="nothing to compare"):
         check("eq-test-label", torch.zeros(0, 3), torch.zeros(0, 3))

@@ -96,6 +96,10 @@ def test_senseless_levels(arguments):
         Levels(*arguments)
 
 
+def test_by_default_8_bit_images():
+    assert Levels() == Levels(256, -1.0, 1.0) and Levels().to_counts(torch.tensor(2.0)) == 255
+
+
 def test_wrong_dtypes():
     for k in (torch.rand(3), torch.ones(3, dtype=torch.bool)):
         with pytest.raises(TypeError, match="integer dtype"):

@@ -54,6 +54,15 @@ def test_angles_are_never_computed_in_half_precision(dtype):
     assert abs(features[0, 0] - torch.tensor(1000.0).double().cos()) < 1e-4
 
 
+@pytest.mark.parametrize(("t", "dim", "error"), [
+    (torch.rand(3), 5, ValueError), (torch.rand(3), 1, ValueError), (torch.rand(3), 0, ValueError),
+    (torch.rand(3), -2, ValueError), (torch.rand(3), 4.0, TypeError),
+    (torch.tensor(0.5), 4, ValueError), (torch.rand(3, 1), 4, ValueError)])
+def test_senseless_features(t, dim, error):
+    with pytest.raises(error, match="dim must be"):
+        time_features(t, dim)
+
+
 @each_net
 def test_starts_at_zero(net):
     fresh = from_config(net.config())
@@ -169,6 +178,45 @@ def test_configurations(options):
 def test_senseless_configurations(options):
     with pytest.raises(ValueError):
         UNet(**options)
+
+
+@pytest.mark.parametrize("build", [lambda **o: MLP(2, 8, 1, **o), UNet], ids=["MLP", "UNet"])
+@pytest.mark.parametrize(("options", "error", "message"), [
+    (dict(time_scale=float("nan")), ValueError, "time_scale must be positive and finite; got nan"),
+    (dict(time_scale=float("inf")), ValueError, "time_scale"),
+    (dict(time_scale=0), ValueError, "time_scale"),
+    (dict(time_scale=-1.0), ValueError, "time_scale"),
+    (dict(time_scale="a"), TypeError, "time_scale must be a number; got 'a'"),
+    (dict(time_scale=True), TypeError, "time_scale"),
+    (dict(n_classes=2.0), TypeError, "n_classes must be an int")])
+def test_senseless_options_of_either(build, options, error, message):
+    with pytest.raises(error, match=message):
+        build(**options)
+
+
+@pytest.mark.parametrize(("build", "error", "message"), [
+    (lambda: UNet(multipliers=()), ValueError, "multipliers must hold at least one"),
+    (lambda: UNet(multipliers=2), TypeError, "multipliers must be a sequence of ints; got 2"),
+    (lambda: UNet(multipliers=(1, 2.5)), TypeError, "multipliers must be an int"),
+    (lambda: UNet(channels=None), TypeError, "channels must be an int"),
+    (lambda: MLP(None), TypeError, "dim must be an int")])
+def test_senseless_sizes(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize(("options", "shape", "allowed"), [
+    (dict(dim=3), (4, 2), r"\(B, 3\) or"), (dict(dim=3), (4,), r"\(B, 3\) or"),
+    (dict(dim=1), (4,), r"\(B, 1\) or"), (dict(dim=6), (4, 2, 2), r"\(B, 6\) or"),
+    (dict(dim=4, out_channels=2), (4, 2, 2), r"\(B, 4\);")])
+def test_samples_of_another_size(options, shape, allowed):
+    with pytest.raises(ValueError, match=f"x must have shape {allowed}.*got"):
+        MLP(hidden=8, depth=1, **options)(torch.zeros(shape), torch.rand(4))
+
+
+@each_net
+def test_networks_tell_their_classes(net):
+    assert net.n_classes == 3 and from_config(net.config() | {"n_classes": None}).n_classes is None
 
 
 def test_mlp_takes_any_shape_and_more_outputs():

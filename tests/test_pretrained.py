@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffnotes import networks, pretrained, processes
 from diffnotes.denoisers import Denoiser, guided
@@ -244,6 +244,76 @@ def test_what_would_not_load_is_not_saved(folder):
     assert not folder.exists()
 
 
+def test_a_shape_that_the_network_does_not_take(folder):
+    for net, shape in ((mlp(), (3,)), (networks.UNet(channels=4), (1, 7, 8))):
+        with pytest.raises(ValueError, match="shape .* does not fit the network"):
+            save(Denoiser(net, VP(), "v", shape), folder)
+    assert not folder.exists()
+
+
+# --- Where nothing can be saved -----------------------------------------------
+
+
+@pytest.mark.parametrize("config", [
+    '{"_class_name": "UNet2DModel"}', '{"format": "pt"}', "[]", "no JSON", "", None])
+def test_files_of_another_library_stay(folder, config):
+    folder.mkdir()
+    (folder / WEIGHTS).write_bytes(b"theirs")
+    if config is not None:
+        (folder / CONFIG).write_text(config)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    name = WEIGHTS if config is None else CONFIG
+    with pytest.raises(FileExistsError, match=f"{folder} has a {name} that diffnotes did not"):
+        save(make(), folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_later_version_is_still_ours(saved):
+    edit(saved, version=2)
+    save(make(1), saved)
+    assert same(load(saved), make(1))
+
+
+def test_a_file_is_no_folder(folder):
+    folder.write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{folder} is a file"):
+        save(make(), folder)
+    assert folder.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    if getattr(os, "geteuid", int)() == 0:  # nothing is closed to root
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    saved.chmod(0o555)
+    try:
+        with pytest.raises(PermissionError, match=f"{saved} cannot be written"):
+            save(make(1), saved)
+    finally:
+        saved.chmod(0o755)
+    assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_first_save_that_fails_leaves_nothing(folder, monkeypatch, k):
+    count, really = 0, os.replace
+
+    def failing(*args):
+        nonlocal count
+        count += 1
+        if count == k:
+            raise OSError(28, "No space left on device")
+        really(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="No space"):
+            save(make(), folder)
+    assert os.listdir(folder) == []
+    save(make(), folder)
+    assert same(load(folder), make())
+
+
 # --- Failures in the middle ---------------------------------------------------
 
 
@@ -415,6 +485,8 @@ def test_bytes_that_are_no_text(saved):
         ({"time": "index"}, "Discrete"),
         ({"shape": [2, 0]}, "shape"),
         ({"shape": 3}, "describes no denoiser"),
+        ({"shape": [3]}, r"shape \(3,\) does not fit the network.*\(B, 2\)"),
+        ({"network": {"name": "MLP", "dim": 2, "time_scale": "a"}}, "time_scale"),
         ({"dtype": "float8"}, "float8"),
         ({"predicts": "edm"}, "sigma_data"),
     ],
@@ -433,6 +505,15 @@ def test_weights_of_another_network(saved, tmp_path):
         load(saved)
     edit(saved, weights_sha256=read_config(other)["weights_sha256"])
     with pytest.raises(ValueError, match=r"\d+ unknown \(.*, …\)"):
+        load(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e5m2])
+def test_weights_of_another_kind(saved, dtype):
+    state = {k: v.to(dtype) for k, v in load_file(saved / WEIGHTS).items()}
+    save_file(state, saved / WEIGHTS)
+    edit(saved, weights_sha256=hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match=r"\d+ of a dtype that no weight has \(.*, …\)"):
         load(saved)
 
 

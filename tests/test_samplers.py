@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import tanh
 
 from diffnotes import processes, samplers
 from diffnotes.denoisers import Denoiser, convert, from_x0_eps
@@ -145,6 +146,50 @@ def test_the_three_differ(mixture):
 
 
 @each_process
+@pytest.mark.parametrize("steps", [2, 3, 4, 6, 9])
+def test_long_steps_stay_near_the_data(process, steps):
+    """No state leaves the mean of the predictions by more than the noise of its level."""
+    law = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]], dtype=torch.float64), 0.25)
+    heights = []
+
+    def watch(i, t, x_t, x0_hat):
+        # Data are within 2 + 4.5 * 0.5, noise of 4000 normals within 4.5.
+        reach = 4.25 * process.alpha(t) + 4.5 * process.sigma(t)
+        heights.append((x_t.abs().max() / reach).item())
+
+    found = sample(law.denoiser(process), 2000, steps=steps, seed=0, callback=watch)
+    assert found.abs().max() < 4.5 and max(heights) < 1.1
+
+
+@pytest.mark.parametrize("t,s", [(0.5, 0.45), (0.9, 0.1), (1.0, 0.5)])
+@pytest.mark.parametrize("process", [VP(), Flow(), Cosine()], ids=["VP", "Flow", "Cosine"])
+def test_the_factor_of_heun(process, t, s):
+    """The second prediction enters x_s with min(1, (exp(h) - 1) / 2) alpha_s."""
+    states, gap = [], torch.tensor([3.0, -2.0], dtype=torch.float64)
+    denoiser = Denoiser(lambda x, u: gap * (u < t)[:, None], process, "x0", (2,))
+    for sampler in (euler, heun):
+        sampler(denoiser, torch.ones(1, 2, dtype=torch.float64), [t, s],
+                callback=lambda i, u, x, x0_hat: states.append(x))
+    ratio = process.alpha(s) * process.sigma(t) / (process.alpha(t) * process.sigma(s))
+    expected = process.alpha(s) * min(1.0, (ratio.item() - 1) / 2) * gap
+    torch.testing.assert_close((states[3] - states[1])[0], expected, rtol=1e-10, atol=0)
+
+
+def test_an_exact_start_has_no_error_of_the_prior():
+    law = Gaussian(torch.tensor([3.0], dtype=torch.float64), 0.25)
+    for process in (VE(), EDM(), VP()):
+        reach = process.alpha(1.0) * 3.0
+        ends = [
+            sample(law.denoiser(process), x_T=start.reshape(1, 1), steps=200).item()
+            for start in (torch.zeros_like(reach), reach)
+        ]
+        assert abs(ends[1] - 3) < 1e-6
+        assert (ends[1] - ends[0]) / 0.5 == pytest.approx(
+            3 * (process.alpha(1.0) / process.sigma(1.0)).item(), rel=0.02
+        )
+
+
+@each_process
 def test_the_law_comes_out(process, mixture):
     found = sample(mixture.denoiser(process), 3000, steps=30, seed=4)
     gap = (found.mean(0) - mixture.mean).abs() / (found.std(0) / 3000**0.5)
@@ -192,6 +237,7 @@ def test_a_chain_has_room_for_all_its_points_and_no_more(n_steps):
         ([0.5, 0.5], "got 0.5 after 0.5"),
         ([0.2, 0.9], "got 0.9 after 0.2"),
         ([0.0], "sigma > 0"),
+        ([1.0, 0.5, 0.7, 0.1], "got 0.7 after 0.5"),
     ],
 )
 def test_senseless_times(times, message):
@@ -199,6 +245,12 @@ def test_senseless_times(times, message):
         as_times(VP(), times)
     with pytest.raises(ValueError, match=message):
         sample(pointwise(), 2, times=times)
+
+
+def test_complex_times():
+    for times in ([0.5 + 0.2j, 0.1], torch.tensor([0.5 + 0.2j, 0.1])):
+        with pytest.raises(TypeError, match="times must be real"):
+            as_times(VP(), times)
 
 
 def test_a_last_time_without_noise_is_dropped():
@@ -243,7 +295,16 @@ def test_nfe_is_what_is_spent(name, steps):
 
 def test_defaults():
     assert (nfe(), nfe("heun"), nfe("ancestral")) == (35, 35, 1000)
+    chain = Discrete(processes.linear_betas(50))
+    assert (nfe("ancestral", process=chain), nfe("ancestral", 7, process=chain)) == (50, 7)
+    assert nfe(process=chain) == 35 and nfe("ancestral", process=VP()) == 1000
+    with pytest.raises(ValueError, match="at most the chain's 50, got 51"):
+        nfe("euler", 51, process=chain)
     calls = []
+    counting = Denoiser(lambda x, t: calls.append(1) or x * 0, chain, "x0", (2,))
+    sample(counting, 2, sampler="ancestral")
+    assert len(calls) == 50
+    calls.clear()
     denoiser = Denoiser(lambda x, t: calls.append(1) or x * 0, VP(), "x0", (2,))
     sample(denoiser, 2)
     assert len(calls) == 35
@@ -516,7 +577,7 @@ def test_conditional_laws(mixture):
         ({"n": 2, "seed": True}, TypeError, "seed must be an int"),
         ({"n": 2, "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"n": 2, "batch_size": 1.5}, TypeError, "batch_size"),
-        ({"n": 2, "guidance": 2.0}, ValueError, "guidance must be 1 .*got 2.0"),
+        ({"n": 2, "guidance": 2.0}, ValueError, "guidance needs a cond"),
         ({"n": 2, "cond": 1, "guidance": math.nan}, ValueError, "finite"),
         ({"n": 2, "cond": 1, "guidance": "big"}, TypeError, "number"),
         ({"n": 2, "cond": torch.zeros(3, dtype=torch.int64)}, ValueError, "n = 2 of them, got 3"),
@@ -529,12 +590,24 @@ def test_conditional_laws(mixture):
         ({"x_T": torch.ones(3, 2, dtype=torch.int64)}, TypeError, "int64"),
         ({"x_T": torch.ones(3, 2, dtype=torch.complex64)}, TypeError, "complex64"),
         ({"x_T": [[1.0, 2.0]]}, TypeError, "list"),
+        ({"x_T": torch.tensor([[1.0, math.nan]])}, ValueError, "x_T must be finite, got nan"),
+        ({"x_T": torch.tensor([[-math.inf, 1.0]])}, ValueError, "x_T must be finite, got -inf"),
+        ({"cond": []}, ValueError, r"len\(cond\) must be at least 1, got 0"),
+        ({"n": 2, "cond": []}, ValueError, "n = 2 of them, got 0"),
+        ({"n": 2, "generator": 3}, TypeError, "torch.Generator, got 3"),
+        ({"n": 2, "times": [1.0, 0.5 + 0.1j]}, TypeError, "times must be real"),
     ],
 )
 def test_refusals(options, error, message):
     denoiser = Denoiser(lambda x, t, cond: x, VP(), "x0", (2,))
     with pytest.raises(error, match=message):
         sample(denoiser, **options)
+
+
+@pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), Gaussian(torch.zeros(2), 1.0), tanh])
+def test_what_is_no_denoiser(other):
+    with pytest.raises(TypeError, match=r"law.denoiser\(process\) or Denoiser\(net, process\)"):
+        sample(other, 2)
 
 
 def test_no_shape_no_samples():
@@ -598,3 +671,34 @@ def test_the_denoiser_is_left_as_it_was():
     public = {k: v for k, v in vars(denoiser).items() if k[0] != "_"}
     sample(denoiser, 3, steps=2)
     assert public.items() <= vars(denoiser).items() and net.training
+
+
+def test_dropout_sleeps_while_samples_are_drawn():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+            self.frozen = torch.nn.BatchNorm1d(2).eval()
+
+        def forward(self, x, t, cond=None):
+            if fails:
+                raise RuntimeError("on purpose")
+            return self.frozen(self.inner(x))
+
+    fails = []
+    net = Net()
+    denoiser = Denoiser(net, VP(), "v", (2,))
+    modes = [module.training for module in net.modules()]
+    assert True in modes and False in modes
+    one, other = (sample(denoiser, 20, steps=5, seed=0) for _ in range(2))
+    assert torch.equal(one, other)
+    assert [module.training for module in net.modules()] == modes
+    guided = [sample(denoiser, 20, steps=5, seed=0, cond=1, guidance=2.0) for _ in range(2)]
+    assert torch.equal(*guided) and [module.training for module in net.modules()] == modes
+    fails.append(True)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        sample(denoiser, 20, steps=5, seed=0)
+    assert [module.training for module in net.modules()] == modes
+    fails.clear()
+    denoiser.eval()
+    assert torch.equal(sample(denoiser, 20, steps=5, seed=0), one) and not net.training

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,6 +90,16 @@ def test_loss_shape_dtype_and_gradient(weighting):
     torch.testing.assert_close((sides[0] - sides[1]) / 2e-6, slope, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_loss_at_one_time_for_all(weighting):
+    x0, _, eps = draws()
+    net = model().to(torch.float64)
+    expected = loss(net, x0, t=torch.full((6,), 0.5).double(), eps=eps, weighting=weighting)
+    for t in (0.5, torch.tensor(0.5).double()):
+        torch.testing.assert_close(loss(net, x0, t=t, eps=eps, weighting=weighting), expected)
+    assert loss(net.to(torch.float32), x0.float(), t=0.5, eps=eps.float()).dtype == torch.float32
+
+
 def test_loss_is_a_mean_over_a_sample():
     silent = Denoiser(lambda x, t, cond: torch.zeros_like(x), VP(), "eps", (2, 3))
     eps = torch.full((4, 2, 3), 2.0)
@@ -138,6 +149,18 @@ def test_decay(k, limit):
     assert decay == min(limit, (k + 1) / (k + 10)) and decay <= ema_decay(k + 1, limit)
 
 
+@pytest.mark.parametrize("arguments", [(-1,), (0, -0.1), (0, 1.1), (0, float("nan"))])
+def test_senseless_decays(arguments):
+    with pytest.raises(ValueError, match="k must be at least 0"):
+        ema_decay(*arguments)
+
+
+def test_senseless_numbers_of_times():
+    for n, error in ((0, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match="n must be"):
+            draw_times(VP(), n)
+
+
 def test_update_is_the_formula():
     average, current = [torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)]
     expected = [0.9 * a + 0.1 * c for a, c in zip(average, current, strict=True)]
@@ -154,6 +177,27 @@ def test_trained_weights_are_the_average_of_the_path():
         start = decay * start + (1 - decay) * weights
     torch.testing.assert_close(flat(averaged), start)
     assert not torch.equal(flat(averaged), flat(net))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_averaged_in_float32(dtype):
+    net, path = model().to(dtype), []
+    exact = flat(net).double()
+    averaged = quick(net, steps=300, callback=lambda k, value: path.append(flat(net).double()))
+    for k, weights in enumerate(path):
+        exact = ema_decay(k) * exact + (1 - ema_decay(k)) * weights
+    assert averaged.dtype == net.dtype == dtype and flat(averaged).dtype == dtype
+    tolerance = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(flat(averaged).double(), exact, rtol=tolerance, atol=1e-5)
+
+
+def test_an_average_may_be_wider_than_what_it_averages():
+    average = [torch.ones(3)]
+    for _ in range(1000):
+        ema_update(average, [torch.zeros(3, dtype=torch.bfloat16)], 0.999)
+    torch.testing.assert_close(average[0], torch.full((3,), 0.999**1000), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError):
+        ema_update(average, [], 0.9)
 
 
 class Norm(nn.Module):
@@ -301,13 +345,51 @@ class Strings(Dataset):
     (torch.zeros(5), ValueError, "data must have shape"),
     (NAN, ValueError, "not finite"),
     ((POINTS, LABELS[:5]), ValueError, "labels must be int64"),
-    ((POINTS, LABELS.float()), ValueError, "labels must be int64"),
-    ((POINTS, LABELS + 1), ValueError, "0 to 2; got"),
+    ((POINTS, LABELS[:, None]), ValueError, "labels must be int64"),
+    ((POINTS, LABELS.float()), TypeError, "labels must be an int64 tensor; got torch.float32"),
+    ((POINTS, LABELS.int()), TypeError, "labels must be an int64 tensor; got torch.int32"),
+    ((POINTS, LABELS.tolist()), TypeError, "labels must be an int64 tensor; got list"),
+    ((POINTS, LABELS + 1), ValueError, "0 to 2; got 1 to 3"),
+    ((POINTS, LABELS - 2), ValueError, "0 to 2; got -2 to 0"),
+    ((POINTS, LABELS, LABELS), ValueError, "got 3 items"),
+    ((), ValueError, "got 0 items"),
+    (TensorDataset(POINTS, LABELS, LABELS), ValueError, "got 3 items"),
+    (TensorDataset(POINTS, LABELS.float()), TypeError, "labels must be an int64"),
+    (TensorDataset(POINTS, LABELS + 1), ValueError, "0 to 2; got"),
     (Strings(), TypeError, "floating-point"),
 ])
 def test_refused_data(data, error, message):
     with pytest.raises(error, match=message):
         quick(model(), data)
+
+
+def test_one_wrong_label_is_found_before_the_first_step():
+    labels, seen = LABELS.clone(), []
+    labels[17] = 3
+    with pytest.raises(ValueError, match="0 to 2; got 0 to 3"):
+        quick(model(), (POINTS, labels), steps=1, callback=lambda k, value: seen.append(k))
+    assert not seen
+    assert quick(model(), (POINTS, LABELS - 1)).shape == (2,)
+
+
+@pytest.mark.parametrize(("seed", "error"), [
+    (1.5, TypeError), (True, TypeError), (None, TypeError), ("0", TypeError),
+    (-1, ValueError), (2**64, ValueError), (2**70, ValueError)])
+def test_refused_seeds(seed, error):
+    with pytest.raises(error, match="seed must be"):
+        quick(model(), seed=seed)
+
+
+def test_every_other_seed_is_taken():
+    assert torch.equal(flat(quick(model(), seed=np.int64(3))), flat(quick(model(), seed=3)))
+    quick(model(), seed=2**64 - 1)
+
+
+@pytest.mark.parametrize("thing", [MLP(2, 8, 1), GaussianMixture(torch.zeros(1, 2), 1.0), VP()])
+def test_only_denoisers_are_trained(thing):
+    message = rf"denoiser must be a Denoiser\(net, .*bare {type(thing).__name__}"
+    with pytest.raises(TypeError, match=message):
+        quick(thing)
 
 
 @pytest.mark.parametrize("options", [
