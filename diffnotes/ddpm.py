@@ -34,13 +34,16 @@ def gaussian_kl(mean_q: Tensor, var_q: Tensor, mean_p: Tensor, var_p: Tensor) ->
     Returns:
         ``(B,)``; infinite where ``var_q`` is 0.
 
+    Raises:
+        ValueError: a variance of another shape.
+
     Reference:
         eq-ddpm-kl.
     """
     var_q, var_p = (v if v.shape == mean_q.shape else expand(v, mean_q) for v in (var_q, var_p))
     ratio = var_q / var_p
     terms = (ratio - 1 - ratio.log()) + (mean_q - mean_p) ** 2 / var_p
-    return terms.reshape(len(terms), -1).sum(1) / 2
+    return terms[..., None].flatten(1).sum(1) / 2
 
 # %% ../nbs/10_ddpm.ipynb #817f3eeb
 def reverse_variance(t: float | Tensor, s: float | Tensor, process: Process,
@@ -89,6 +92,10 @@ def step_kl(x0: Tensor, x_t: Tensor, x0_hat: Tensor, t: float | Tensor, s: float
     Returns:
         ``(B,)``.
 
+    Raises:
+        TypeError: a state that is not a floating-point tensor.
+        ValueError: shapes that disagree, times not s < t, or ``variance`` an unknown name.
+
     Reference:
         Ho, Jain and Abbeel (2020), equation 5; eq-d07-bound.
     """
@@ -110,6 +117,9 @@ def prior_kl(x0: Tensor, t: float, process: Process, prior_std: float | None = N
 
     Returns:
         ``(B,)``.
+
+    Raises:
+        ValueError: t outside [0, 1].
 
     Reference:
         Ho, Jain and Abbeel (2020), equation 5; eq-d07-bound.
@@ -136,7 +146,8 @@ def decoder_log_prob(x0: Tensor, mean: Tensor, var: Tensor,
         ``(B,)``, nats.
 
     Raises:
-        ValueError: an entry of ``x0`` is none of the levels: wrong range, or data not discrete.
+        ValueError: an entry of ``x0`` is none of the levels: wrong range, or data not discrete;
+            or ``levels`` are not two or more increasing numbers.
 
     Reference:
         Ho, Jain and Abbeel (2020), equation 13, with the exact normal distribution function;
@@ -146,23 +157,8 @@ def decoder_log_prob(x0: Tensor, mean: Tensor, var: Tensor,
     if levels is None:
         terms = -((x0 - mean) ** 2 / var + (2 * math.pi * var).log()) / 2
     else:
-        terms = _log_bin(x0, mean, var.sqrt(), levels.to(x0))
-    return terms.reshape(len(terms), -1).sum(1)
-
-# %% ../nbs/10_ddpm.ipynb #2dc524ae
-def _log_bin(x0: Tensor, mean: Tensor, std: Tensor, levels: Tensor) -> Tensor:
-    """log of Phi(upper) - Phi(lower) for the bin of each entry, without cancellation."""
-    edges = (levels[1:] + levels[:-1]) / 2
-    bins = torch.bucketize(x0.contiguous(), edges)
-    if ((x0 - levels[bins]).abs() > 1e-3 * levels.diff().min()).any():
-        raise ValueError(f"x0 must take the values of levels, {levels[0]:g} to {levels[-1]:g}")
-    low = (edges[(bins - 1).clamp_min(0)] - mean) / std
-    high = (edges[bins.clamp_max(len(edges) - 1)] - mean) / std
-    low = torch.where(bins == 0, -math.inf, low)
-    high = torch.where(bins == len(edges), math.inf, high)
-    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
-    gap = log_ndtr(low) - log_ndtr(high)
-    return log_ndtr(high) + (-gap.expm1()).log()
+        terms = _log_bin(x0, mean, var.sqrt(), _levels(levels).to(x0))
+    return terms[..., None].flatten(1).sum(1)
 
 # %% ../nbs/10_ddpm.ipynb #36fabf13
 def _decreasing(times: Sequence[float] | Tensor) -> Tensor:
@@ -179,11 +175,37 @@ def _variances(times: Tensor, process: Process, variance: str | Tensor) -> Tenso
     if isinstance(variance, str):
         return reverse_variance(times[:-1], times[1:], process, variance)
     variance = torch.as_tensor(variance, dtype=torch.float64, device="cpu")
-    if variance.shape != (len(times) - 1,) or not (variance >= 0).all():
-        raise ValueError(f"variance must be {len(times) - 1} numbers >= 0, one for each step")
+    if variance.shape != (len(times) - 1,) or not ((variance >= 0) & variance.isfinite()).all():
+        raise ValueError(f"variance must be {len(times) - 1} finite numbers >= 0, one for each "
+                         f"step, got {variance.tolist()}")
     return variance
 
+
+def _noisy(times: Sequence[float] | Tensor, denoiser: Denoiser) -> Tensor:
+    """Such times, with noise left at the last."""
+    if not hasattr(denoiser, "process"):
+        raise TypeError(f"needs a Denoiser(net, process), got {type(denoiser).__name__}")
+    times = _decreasing(times)
+    if denoiser.process.sigma(times[-1]) == 0:
+        raise ValueError("sigma is 0 at the last time: end at a noisy one, to return x0_hat there")
+    return times
+
 # %% ../nbs/10_ddpm.ipynb #45662fe9
+def _require_finite(name: str, x: Tensor) -> Tensor:
+    """x, a floating-point tensor without infinity or NaN; trusted on an accelerator."""
+    if require_floating(name, x).device.type == "cpu" and not x.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
+    return x
+
+
+def _levels(levels: Sequence[float] | Tensor) -> Tensor:
+    """The levels as a tensor, two or more increasing numbers."""
+    levels = torch.as_tensor(levels)
+    if levels.ndim != 1 or len(levels) < 2 or not (levels.diff() > 0).all():
+        raise ValueError(f"levels must be two or more increasing numbers, got {levels.tolist()}")
+    return levels
+
+
 def _look(denoiser: Denoiser, x0: Tensor, t: float, levels: Tensor | None,
           cond: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """A fresh x_t of x0, and what the denoiser makes of it, clipped to the range of the levels."""
@@ -218,11 +240,13 @@ def variational_bound(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | T
     Args:
         denoiser: the model.
         x0: data, ``(B, *D)``.
-        times: the chain's times from the noisiest on, strictly decreasing, ``(N,)``.
-        variance: ``"large"`` or ``"small"`` as in ``reverse_variance``, or numbers ``(N - 1,)``.
+        times: the chain's times from the noisiest on, strictly decreasing, sigma > 0 at the last,
+            ``(N,)``.
+        variance: ``"large"`` or ``"small"`` as in ``reverse_variance``, or numbers > 0,
+            ``(N - 1,)``.
         levels: the values a pixel can take, ``(L,)``; without them the decoder is a density.
-        decoder_var: variance of p(x0 given x_t) at the last time; sigma(t)^2 by default, on a
-            chain beta_1.
+        decoder_var: variance of p(x0 given x_t) at the last time, > 0; sigma(t)^2 by default, on
+            a chain beta_1.
         cond: condition, passed to the network unchanged.
         generator: source of the noise.
 
@@ -230,15 +254,21 @@ def variational_bound(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | T
         A ``Bound``: ``prior`` ``(B,)``, ``steps`` ``(B, N - 1)``, ``decoder`` ``(B,)``, ``total``.
 
     Raises:
-        ValueError: ``times`` or ``variance`` is not as described, or ``x0`` is not on the levels.
+        TypeError: ``x0`` is not a floating-point tensor.
+        ValueError: ``times``, ``variance``, ``levels`` or ``decoder_var`` is not as described, or
+            ``x0`` is not finite, or not on the levels.
 
     Reference:
         Ho, Jain and Abbeel (2020), equations 5 and 13; eq-d07-bound.
     """
-    times, process = _decreasing(times), denoiser.process
-    levels = None if levels is None else levels.to(x0)
-    steps = [x0.new_zeros(len(x0), 0)]
+    times, process = _noisy(times, denoiser), denoiser.process
+    levels = None if levels is None else _levels(levels).to(_require_finite("x0", x0))
+    steps = [_require_finite("x0", x0).new_zeros(len(x0), 0)]
     variances = _variances(times, process, variance)
+    if not (variances > 0).all():
+        raise ValueError(f"variance must be > 0 at every step, got {variances.min():g}")
+    if decoder_var is not None and not 0 < decoder_var < math.inf:
+        raise ValueError(f"decoder_var must be finite and > 0, got {decoder_var}")
     for t, s, var in zip(times[:-1], times[1:], variances, strict=True):
         x_t, x0_hat = _look(denoiser, x0, t.item(), levels, cond, generator)
         steps.append(step_kl(x0, x_t, x0_hat, t.item(), s.item(), process, var)[:, None])
@@ -294,6 +324,9 @@ def bound_weight(t: float | Tensor, s: float | Tensor, process: Process,
     Returns:
         Weight, of the shape of ``t``; infinite for ``"small"`` where sigma(s) is 0.
 
+    Raises:
+        ValueError: times outside [0, 1], or ``variance`` an unknown name.
+
     Reference:
         Ho, Jain and Abbeel (2020), equation 12; eq-ddpm-weight.
     """
@@ -316,19 +349,21 @@ def simple_loss(denoiser: Denoiser, x0: Tensor, t: float | Tensor, eps: Tensor,
     Returns:
         ``(B,)``. The paper's squared norm is this times the number of entries of one sample.
 
+    Raises:
+        TypeError: ``x0`` or ``eps`` is not a floating-point tensor.
+        ValueError: t outside [0, 1], shapes that disagree, or a noise that has no finite value.
+
     Reference:
         Ho, Jain and Abbeel (2020), equation 14; eq-d08-simple.
     """
     x_t = denoiser.process.perturb(x0, t, eps)
     error = denoiser.eps(x_t, t, cond) - eps
-    return error.square().reshape(len(error), -1).mean(1)
+    return error.square()[..., None].flatten(1).mean(1)
 
 # %% ../nbs/10_ddpm.ipynb #f18f9afe
 def _coefficients(process: Process, times: Tensor,
                   variance: str | Tensor) -> list[tuple[float, ...]]:
     """(t, factor of x0_hat, factor of x_t, std of the noise) of each step, as Python floats."""
-    if process.sigma(times[-1]) == 0:
-        raise ValueError("sigma is 0 at the last time: end at a noisy one, to return x0_hat there")
     t, s = times[:-1], times[1:]
     one, zero = torch.ones_like(t), torch.zeros_like(t)
     on_x0, _ = posterior(one, zero, s, t, process)
@@ -358,14 +393,14 @@ def ancestral(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, 
         ``(B, *D)`` in the dtype of ``x_T``; half precision is raised to float32 for the steps.
 
     Raises:
-        TypeError: ``x_T`` is not floating-point.
-        ValueError: ``times`` or ``variance`` is not as described.
+        TypeError: ``denoiser`` is a bare network, or ``x_T`` is not floating-point.
+        ValueError: ``times`` or ``variance`` is not as described, or ``x_T`` on a CPU not finite.
 
     Reference:
         Ho, Jain and Abbeel (2020), algorithm 2; eq-d10-ancestral.
     """
-    x = require_floating("x_T", x_T).to(torch.promote_types(x_T.dtype, torch.float32))
-    times = _decreasing(times)
+    x = _require_finite("x_T", x_T).to(torch.promote_types(x_T.dtype, torch.float32))
+    times = _noisy(times, denoiser)
     steps = _coefficients(denoiser.process, times, variance)
     draw = torch.randn_like if noise is None else noise
     report = callback if callback is not None else lambda *_: None
@@ -402,6 +437,21 @@ def learned_range_var(v: Tensor, t: float | Tensor, s: float | Tensor, process: 
         raise ValueError(f"the small variance is 0 at s = {s}: the last step has no range")
     small, large = (expand(var.log(), v) for var in (small, large))
     return (v * large + (1 - v) * small).exp()
+
+# %% ../nbs/10_ddpm.ipynb #2dc524ae
+def _log_bin(x0: Tensor, mean: Tensor, std: Tensor, levels: Tensor) -> Tensor:
+    """log of Phi(upper) - Phi(lower) for the bin of each entry, without cancellation."""
+    edges = (levels[1:] + levels[:-1]) / 2
+    bins = torch.bucketize(x0.contiguous(), edges)
+    if not ((x0 - levels[bins]).abs() <= 1e-3 * levels.diff().min()).all():
+        raise ValueError(f"x0 must take the values of levels, {levels[0]:g} to {levels[-1]:g}")
+    low = (edges[(bins - 1).clamp_min(0)] - mean) / std
+    high = (edges[bins.clamp_max(len(edges) - 1)] - mean) / std
+    low = torch.where(bins == 0, -math.inf, low)
+    high = torch.where(bins == len(edges), math.inf, high)
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
+    gap = log_ndtr(low) - log_ndtr(high)
+    return log_ndtr(high) + (-gap.expm1()).log()
 
 # %% ../nbs/10_ddpm.ipynb #eb28ac14
 def bits_per_dim(nats: Tensor, dim: int) -> Tensor:

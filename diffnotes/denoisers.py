@@ -23,18 +23,16 @@ __all__ = ['convert', 'to_x0_eps', 'from_x0_eps', 'preconditioning', 'Denoiser',
 _COORDINATES = ("x0", "eps", "v", "score", "velocity", "edm")
 
 
-def _row(name: str, t: float | Tensor, process: Process,
-         sigma_data: float | None) -> tuple[Tensor, Tensor]:
+def _row(name: str, t: float | Tensor, process: Process, sigma_data: float | None) -> tuple:
     """Returns p, q of value = p x0 + q eps; the score counts as eps, its multiple."""
     alpha, sigma = process.alpha(t), process.sigma(t)
-    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-    rows = {"x0": (one, zero), "eps": (zero, one), "score": (zero, one), "v": (-sigma, alpha)}
-    if name in rows:
-        return rows[name]
     if name == "velocity":
         return process.alpha_prime(t), process.sigma_prime(t)
-    std = torch.hypot(alpha * sigma_data, sigma)
-    return sigma / (std * sigma_data), -alpha * sigma_data / std
+    if name == "edm":
+        std = torch.hypot(alpha * sigma_data, sigma)
+        return sigma / (std * sigma_data), -alpha * sigma_data / std
+    e, o = torch.ones_like(alpha), torch.zeros_like(alpha)
+    return {"x0": (e, o), "eps": (o, e), "score": (o, e), "v": (-sigma, alpha)}[name]
 
 # %% ../nbs/03_denoisers.ipynb #0a9b4f9d
 def _affine(source: str, target: str, t: float | Tensor, process: Process,
@@ -45,8 +43,7 @@ def _affine(source: str, target: str, t: float | Tensor, process: Process,
     alpha, sigma = process.alpha(t), process.sigma(t)
     a, b = torch.zeros_like(alpha), torch.ones_like(alpha)
     if {source, target} != {"eps", "score"}:
-        p, q = _row(source, t, process, sigma_data)
-        p_new, q_new = _row(target, t, process, sigma_data)
+        (p, q), (p_new, q_new) = (_row(i, t, process, sigma_data) for i in (source, target))
         det = alpha * q - sigma * p
         a, b = (p_new * q - q_new * p) / det, (alpha * q_new - sigma * p_new) / det
     if source == "score":
@@ -100,9 +97,9 @@ def _time(t: float | Tensor, name: str = "t") -> float | Tensor:
 
 
 def _require_coordinate(what: str, name: str, sigma_data: float | None) -> None:
-    """Refuses an unknown coordinate, and edm without a scale of the data."""
-    scaled = sigma_data is not None and 0 < sigma_data < math.inf
-    if require_choice(what, name, _COORDINATES) == "edm" and not scaled:
+    """Refuses an unknown coordinate, edm without a scale of the data, and a senseless scale."""
+    edm = require_choice(what, name, _COORDINATES) == "edm"
+    if edm if sigma_data is None else not 0 < sigma_data < math.inf:
         raise ValueError(f"edm needs sigma_data, a positive number; got {sigma_data}")
 
 # %% ../nbs/03_denoisers.ipynb #b43fd113
@@ -244,9 +241,7 @@ def _per_sample(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     value = _number(value)
     if not torch.is_tensor(value):
         return torch.full((len(x),), value, dtype=dtype, device=x.device)
-    if value.ndim and value.shape != x.shape[:1]:
-        raise ValueError(f"one number per sample: {tuple(value.shape)} for {len(x)} samples")
-    return value.to(device=x.device, dtype=dtype, non_blocking=True).expand(len(x))
+    return expand(value, x).to(x.device, dtype, non_blocking=True).reshape(-1).expand(len(x))
 
 
 def _labels(cond: int | Tensor | None, x: Tensor) -> Tensor | None:
@@ -299,20 +294,19 @@ class _Network:
 
 # %% ../nbs/03_denoisers.ipynb #d1293437
 def _takes_cond(net: Callable) -> bool:
-    """Says whether net(x, t, cond) is a possible call; net(x, t) is the other."""
-    signature = inspect.signature(getattr(net, "forward", net))
-    try:
-        signature.bind(None, None, None)
-    except TypeError:
-        return False
-    return True
+    """Says whether net(x, t, cond) is the call; net(x, t) is the other."""
+    parameters = inspect.signature(getattr(net, "forward", net)).parameters.values()
+    first = [p for p in parameters if p.kind <= p.VAR_POSITIONAL][:3]
+    return any(p.kind == p.VAR_POSITIONAL for p in first) or any(
+        p.name == "cond" or p.default is None or p.default is p.empty for p in first[2:])
 
 
-def _require_state(denoiser: Denoiser, x_t: Tensor) -> None:
-    """Refuses a state that the network cannot take."""
+def _require_state(denoiser: Denoiser, x_t: Tensor, cond: int | Tensor | None) -> None:
+    """Refuses a state, or a condition, that the network cannot take."""
     require_floating("x_t", x_t)
-    if denoiser.shape is not None:
-        require_shape("x_t", x_t, denoiser.shape)
+    if cond is not None and not denoiser._takes_cond:
+        raise TypeError("the network takes no cond: its third argument must be one")
+    denoiser.shape is None or require_shape("x_t", x_t, denoiser.shape)
     home, at = denoiser.device, x_t.device
     if home is not None and (home.type != at.type or home.index not in (None, at.index)):
         raise ValueError(f"x_t is on {at}, the network on {home}: move one of them")
@@ -336,19 +330,17 @@ def _kept_plan(denoiser: Denoiser, targets: tuple[str, ...], t: float) -> tuple:
     return denoiser._plans[targets, t]
 
 # %% ../nbs/03_denoisers.ipynb #924170b1
-def _read(denoiser: Denoiser, targets: tuple[str, ...], x_t: Tensor, t: float | Tensor,
-          cond: int | Tensor | None) -> tuple[Tensor, ...]:
+def _read(denoiser: Denoiser, targets: tuple, x_t: Tensor, t: float | Tensor, cond) -> tuple:
     """Returns the network's output, and the coordinates wanted of this one evaluation."""
     t = _time(t)
-    _require_state(denoiser, x_t)
+    _require_state(denoiser, x_t, cond)
     pairs, told, c_in = (_plan if torch.is_tensor(t) else _kept_plan)(denoiser, targets, t)
     dtype, x = denoiser.dtype or x_t.dtype, x_t
     if denoiser.predicts == "edm":
         wide = torch.promote_types(x_t.dtype, torch.float32)
         x = _coefficient(c_in, x_t, wide) * x_t.to(wide)
     time = _per_sample(told, x_t, torch.promote_types(dtype, torch.float32))
-    alone = cond is None and not denoiser._takes_cond
-    value = denoiser.net(x.to(dtype), time, *([] if alone else [_labels(cond, x_t)]))
+    value = denoiser.net(x.to(dtype), time, *[_labels(cond, x_t)][:denoiser._takes_cond])
     return value, *(_combine(a, x_t, b, value) for a, b in pairs)
 
 # %% ../nbs/03_denoisers.ipynb #044a25cd
@@ -386,9 +378,10 @@ class _Readings(_Network):
 
 # %% ../nbs/03_denoisers.ipynb #34480a33
 def _require_convention(time: str | Callable, process: Process) -> None:
-    """Refuses an unknown convention of time, and an index where there is no chain."""
-    if not callable(time):
-        require_choice("time", time, ("t", "log_snr", "log_sigma", "index"))
+    """Refuses what is no process, an unknown convention of time, an index where is no chain."""
+    if not isinstance(process, Process):
+        raise TypeError(f"process must be an instance, VP(), got {process!r}")
+    callable(time) or require_choice("time", time, ("t", "log_snr", "log_sigma", "index"))
     if time == "index" and not isinstance(process, Discrete):
         raise ValueError(f"time='index' needs a Discrete process, got {process}")
 
@@ -402,21 +395,23 @@ class Denoiser(_Readings):
     dtype; the answer comes in the dtype of ``x_t``.
 
     Args:
-        net: called as ``net(x, time, cond)``, or ``net(x, time)`` if it takes no condition; with
-            ``x`` ``(B, *D)`` in the network's dtype and ``time`` ``(B,)``, never below float32.
+        net: called as ``net(x, time, cond)`` if its third argument is required, is called cond or
+            is None by default, else as ``net(x, time)``; with ``x`` ``(B, *D)`` in the network's
+            dtype and ``time`` ``(B,)``, never below float32.
         process: the forward process.
         predicts: x0, eps, v, score, velocity, or edm (the residual of eq-den-precond, which needs
             ``sigma_data`` and scales the network's input).
         shape: shape of one sample; None leaves it open.
         time: what the network is told: t, log_snr, log_sigma (log(sigma / alpha) / 4), index
             (k - 1 on a Discrete process) or a function of t as a tensor.
-        sigma_data: standard deviation of the data, for edm alone.
+        sigma_data: standard deviation of the data, positive, for edm alone.
         device: where a network without parameters lives.
         dtype: what a network without parameters computes in.
 
     Raises:
-        TypeError: ``net`` cannot be called; at a call, a state that is not floating-point, or
-            labels that are not integers.
+        TypeError: ``net`` cannot be called, ``process`` is no instance, ``shape`` no tuple; at a
+            call, a state that is not floating-point, labels that are not integers, or a condition
+            for a network that takes none.
         ValueError: an unknown coordinate or time, edm without ``sigma_data``, time="index" without
             a Discrete process; at a call, a state, time or condition that does not fit, or a
             coordinate that has no finite value at t.
@@ -429,13 +424,18 @@ class Denoiser(_Readings):
                  shape: tuple[int, ...] | None = None, time: str | Callable = "t", *,
                  sigma_data: float | None = None, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
-        self.net, self._takes_cond = net, _takes_cond(net)
+        self.net, self._takes_cond, self._plans = net, _takes_cond(net), {}
         _require_coordinate("predicts", predicts, sigma_data)
         _require_convention(time, process)
-        self.process, self.predicts, self.time = process, predicts, time
+        self.process, self.predicts, self.time, self._planned_for = process, predicts, time, None
+        if isinstance(shape, int):
+            raise TypeError(f"shape must be a tuple, ({shape},), got {shape}")
         self.shape = shape and tuple(require_positive_int("shape", n) for n in shape)
         self.sigma_data, self._device, self._dtype = sigma_data, device, dtype
-        self._plans, self._planned_for = {}, None
+
+    def __repr__(self) -> str:
+        """Returns what is wrapped, and how."""
+        return f"Denoiser({type(self.net).__name__}, {self.process}, {self.predicts!r})"
 
 # %% ../nbs/03_denoisers.ipynb #281b916e
 def posterior(x0: Tensor, x_t: Tensor, s: float | Tensor, t: float | Tensor,
@@ -462,7 +462,10 @@ def posterior(x0: Tensor, x_t: Tensor, s: float | Tensor, t: float | Tensor,
         eq-d05-posterior.
     """
     require_floating("x0", x0), require_floating("x_t", x_t)
+    if x0.shape != x_t.shape:
+        raise ValueError(f"x0 {tuple(x0.shape)} and x_t {tuple(x_t.shape)} differ in shape")
     s, t = _time(s, "s"), _time(t)
+    expand(torch.as_tensor(s), x_t), expand(torch.as_tensor(t), x_t)
     if _on_cpu(s) and _on_cpu(t) and not torch.as_tensor(s < t).all():
         raise ValueError(f"s must be earlier than t, got s = {s} and t = {t}")
     ratio, step_var = process.transition(s, t)
@@ -506,7 +509,7 @@ def guided(denoiser: Denoiser, guidance: float, *, null: int | None = -1) -> Den
         A denoiser that shares the network; ``denoiser`` itself where ``guidance`` is 1.
 
     Raises:
-        TypeError: ``guidance`` is not a number.
+        TypeError: ``guidance`` is not a number, or ``null`` neither an int nor None.
         ValueError: ``guidance`` is not finite; at a call, no ``cond`` was given.
 
     Reference:
@@ -514,6 +517,8 @@ def guided(denoiser: Denoiser, guidance: float, *, null: int | None = -1) -> Den
     """
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
+    if not isinstance(null, int | None):
+        raise TypeError(f"null must be an int or None, got {null!r}")
     if guidance == 1:
         return denoiser
     d, null = denoiser, null if isinstance(denoiser.net, nn.Module) else None

@@ -58,24 +58,23 @@ def _principal_axes(C: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``(K, D)`` and, as columns, eigenvectors of covariances ``(K, D, D)``."""
     rounding = C.shape[-1] * torch.finfo(C.dtype).eps
     if ((C - C.mT).abs() > 8 * rounding * C.abs().amax((1, 2), keepdim=True)).any():
-        raise ValueError("covariances must be symmetric")
+        raise ValueError("a covariance must be symmetric")
     variances, axes = torch.linalg.eigh(_wide(C + C.mT) / 2)
     return _positive(variances, rounding), axes
 
 # %% ../nbs/01_mixtures.ipynb #6db6463b
-def _components(means: Tensor, covariances: float | Tensor) -> _Isotropic | _Oriented:
+def _components(means: Tensor, C: Any, one: bool = False) -> _Isotropic | _Oriented:
     """Components from means ``(K, D)`` and covariances: a number, (K,), (K, D) or (K, D, D)."""
-    K, D = means.shape
-    given = torch.is_tensor(covariances) and covariances.is_floating_point()
-    C = torch.as_tensor(covariances, dtype=None if given else means.dtype, device=means.device)
-    C = C.expand(K) if C.ndim == 0 else C
-    if C.shape not in [(K,), (K, D), (K, D, D)] or not torch.isfinite(C).all():
-        raise ValueError(f"covariances must be finite, a number or of shape (K,), (K, D) or "
-                         f"(K, D, D) with K = {K}, D = {D}; got {tuple(C.shape)}")
+    given, (K, D) = torch.is_tensor(C) and C.is_floating_point(), means.shape
+    C = torch.as_tensor(C, dtype=None if given else means.dtype, device=means.device)
+    shapes = [(D,), (D, D)] if one else [(K,), (K, D), (K, D, D)]
+    if (bad := C[~torch.isfinite(C)].tolist()) or tuple(C.shape) not in [(), *shapes]:
+        raise ValueError(f"covariance{'s' * (not one)} must be finite, a number or of a shape in "
+                         f"{shapes}; got {bad[0] if bad else tuple(C.shape)}")
+    C = C[None] if one else C.expand(K) if C.ndim == 0 else C
     if C.ndim == 3:
         return _Oriented(means, *(a.to(means.dtype) for a in _principal_axes(C)))
-    kind = _Isotropic if C.ndim == 1 else _Oriented
-    return kind(means, _positive(C.reshape(K, -1)).to(means.dtype))
+    return (_Isotropic if C.ndim == 1 else _Oriented)(means, _positive(C.reshape(K, -1)).to(means))
 
 # %% ../nbs/01_mixtures.ipynb #c620de4c
 class _View:
@@ -108,8 +107,7 @@ def _score(at: _View) -> Tensor:
 # %% ../nbs/01_mixtures.ipynb #bb5b0e9f
 def _posterior_mean(at: _View) -> Tensor:
     """E[x0 given x_t]: sum over k of r_k [m_k + alpha C_k V_k^-1 (x - alpha m_k)], ``(B, D)``."""
-    gain = at.alpha * at.parts.variances / at.v
-    return at.r.to(at.x.dtype) @ at.parts.means + at.blend(gain)
+    return at.r.to(at.x) @ at.parts.means + at.blend(at.alpha * at.parts.variances / at.v)
 
 # %% ../nbs/01_mixtures.ipynb #bc197d45
 def _label_posterior(at: _View, labels: Tensor) -> Tensor:
@@ -427,7 +425,20 @@ class Law(_Guessing, ABC):
         """
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Law:
-        """A copy on another ``device``, in another floating ``dtype``, or both."""
+        """A copy on another device, in another floating dtype, or both.
+
+        Args:
+            device: as in ``torch.Tensor.to``; None keeps it; a dtype is taken as ``dtype``.
+            dtype: a floating dtype; None keeps it.
+
+        Returns:
+            A law of the same class.
+
+        Raises:
+            TypeError: ``dtype`` is not floating.
+        """
+        device, dtype = (None, device) if isinstance(device, torch.dtype) else (device, dtype)
+        require_floating("a law", torch.empty(0, dtype=dtype or self.dtype))
         move = {n: a.to(device, dtype) for n, a in vars(self._parts).items() if a is not None}
         labels = None if self.labels is None else self.labels.to(device)
         weights, law = self.weights.to(device, dtype), type(self).__new__(type(self))
@@ -442,9 +453,14 @@ class Law(_Guessing, ABC):
         Returns:
             A ``diffnotes.denoisers.Denoiser`` whose prediction of x0 is ``posterior_mean``.
 
+        Raises:
+            TypeError: ``process`` is a class.
+
         Reference:
             eq-mix-posterior-mean, eq-mix-best.
         """
+        if isinstance(process, type):
+            raise TypeError(f"process must be an instance, {process.__name__}(), not the class")
         from diffnotes.denoisers import Denoiser
         return Denoiser(_Exact(self, process), process, predicts="x0", shape=self.shape,
                         device=self.device, dtype=self.dtype)
@@ -496,12 +512,11 @@ class GaussianMixture(Law):
     def __init__(self, means: Tensor, covariances: float | Tensor,
                  weights: Tensor | None = None) -> None:
         K = len(_require_batch("means", means))
-        w = [1 / K] * K if weights is None else weights
-        w = torch.as_tensor(w, dtype=means.dtype, device=means.device)
+        w = torch.as_tensor([1 / K] * K if weights is None else weights, dtype=torch.float64)
         if w.shape != (K,) or not ((w > 0).all() and abs(w.sum() - 1) < 1e-5):
             raise ValueError(f"weights must be {K} positive numbers with sum 1, got {w.tolist()}")
-        parts = _components(means.reshape(K, -1), covariances)
-        self._set(parts, w / w.sum(), torch.arange(K, device=w.device), means.shape[1:])
+        parts, w = _components(means.reshape(K, -1), covariances), (w / w.sum()).to(means)
+        self._set(parts, w, torch.arange(K, device=w.device), means.shape[1:])
 
     def marginal(self, process: Curves, t: float | Tensor) -> GaussianMixture:
         """The law of x_t at time ``t`` of ``process``, a GaussianMixture; see ``Law.marginal``."""
@@ -509,8 +524,8 @@ class GaussianMixture(Law):
 
 def _require_batch(name: str, x: Tensor) -> Tensor:
     """Returns x if it is a non-empty batch of finite floating-point samples."""
-    if require_floating(name, x).ndim == 0 or x.numel() == 0 or not torch.isfinite(x).all():
-        raise ValueError(f"{name} must be finite and not empty, got shape {tuple(x.shape)}")
+    if (bad := require_floating(name, x)[~torch.isfinite(x)].tolist()) or x.ndim * x.numel() == 0:
+        raise ValueError(f"{name} must be finite and not empty, got {bad[:1] or x.shape}")
     return x
 
 # %% ../nbs/01_mixtures.ipynb #8babe2e9
@@ -593,9 +608,8 @@ class Gaussian(Law):
 
     def __init__(self, mean: Tensor, covariance: float | Tensor) -> None:
         means = _require_batch("mean", require_floating("mean", mean)[None])
-        C = covariance[None] if torch.is_tensor(covariance) else covariance
-        labels = torch.zeros(1, dtype=torch.int64, device=mean.device)
-        self._set(_components(means.reshape(1, -1), C), means.new_ones(1), labels, mean.shape)
+        parts = _components(means.reshape(1, -1), covariance, one=True)
+        self._set(parts, means.new_ones(1), means.new_zeros(1, dtype=torch.int64), mean.shape)
 
     def marginal(self, process: Curves, t: float | Tensor) -> Gaussian:
         """The law of x_t at time ``t`` of ``process``, a Gaussian; see ``Law.marginal``."""

@@ -23,7 +23,7 @@ __all__ = ['linear_betas', 'Process', 'VP', 'SubVP', 'VE', 'EDM', 'Cosine', 'Flo
 # %% ../nbs/02_processes.ipynb #4f026b5d
 def linear_betas(n_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 2e-2, *,
                  rescale: bool = True) -> Tensor:
-    """Returns DDPM's linear variance increments, rescaled so that every n_steps ends as noisy.
+    """Returns DDPM's linear variance increments, rescaled to the same sum for every n_steps.
 
     Args:
         n_steps: length of the chain, at least 1.
@@ -49,10 +49,13 @@ def linear_betas(n_steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 
     return torch.linspace(low, high, n_steps, dtype=torch.float64)
 
 # %% ../nbs/02_processes.ipynb #3857453f
+def _tensor(x: float | Tensor) -> Tensor:
+    """A number becomes float64 on the CPU, a tensor stays as it is."""
+    return x if torch.is_tensor(x) else torch.tensor(float(x), dtype=torch.float64)
+
 def _as_time(t: float | Tensor, name: str = "t") -> Tensor:
-    """The time as a tensor: a number becomes float64 on the CPU, a tensor stays as it is."""
-    t = require_time(t, name=name)
-    return t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)
+    """The time as a tensor."""
+    return _tensor(require_time(t, name=name))
 
 # %% ../nbs/02_processes.ipynb #f21345a8
 class _Curves(ABC):
@@ -135,9 +138,7 @@ class _Curves(ABC):
             TypeError: neither a number nor a floating tensor.
             ValueError: the process never has this ratio.
         """
-        if not torch.is_tensor(log_snr):
-            log_snr = torch.tensor(float(log_snr), dtype=torch.float64)
-        t = self._t_of_log_snr(require_floating("log_snr", log_snr))
+        t = self._t_of_log_snr(require_floating("log_snr", _tensor(log_snr)))
         return require_time(t, low=-1e-6, high=1 + 1e-6, name="t of this log_snr").clamp(0, 1)
 
     def alpha_prime(self, t: float | Tensor) -> Tensor:
@@ -224,7 +225,14 @@ class _Kernels(_Curves):
         return ratio.masked_fill(s == t, 1), self._variance(s, t).masked_fill(s == t, 0)
 
     def prior_std(self) -> float:
-        """Returns sigma(1), the standard deviation of the noise that sampling starts from."""
+        """Returns sigma(1), the standard deviation of the noise that sampling starts from.
+
+        Returns:
+            A positive number.
+
+        Reference:
+            Book: ``eq-process-prior``.
+        """
         return self.sigma(1.0).item()
 
     def prior_sample(self, shape: Sequence[int], *, generator: torch.Generator | None = None,
@@ -251,9 +259,13 @@ class _Kernels(_Curves):
 class Process(_Kernels):
     """A forward process x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], noise growing with t.
 
-    A new one gives four formulas of times that are already checked: the two curves with their
-    slopes, ``_signal`` and ``_noise``; the inverse ``_t_of_log_snr``; and ``_variance``, which
-    follows from the curves but not without cancellation. Everything else is here.
+    A new one is a subclass, a frozen dataclass whose fields are its arguments, with four methods:
+    ``_signal(t)`` returns log alpha and alpha', ``_noise(t)`` sigma and sigma',
+    ``_variance(s, t)`` the variance of the kernel from s to t, written without cancellation, and
+    ``_t_of_log_snr(log_snr)`` the inverse of log_snr. Their arguments are tensors ``()`` or
+    ``(B,)``, times already checked; they return the same shape, dtype and device. sigma / alpha
+    must grow with t. Where the SDE is singular at an end, set ``t_min`` or ``t_max``. All else
+    follows; ``from_config`` knows only the classes of this module.
 
     Raises:
         ValueError: from every method, for a time outside [0, 1].
@@ -289,8 +301,7 @@ class Process(_Kernels):
         Reference:
             Book: ``eq-process-fg``.
         """
-        log_alpha, alpha_prime = self._signal(_as_time(t))
-        return alpha_prime / torch.exp(log_alpha)
+        return self.alpha_prime(t) / self.alpha(t)
 
     def drift(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         """Returns the drift f(t) x_t of the forward SDE.
@@ -309,8 +320,7 @@ class Process(_Kernels):
         Reference:
             Song et al. (2021), equation 5; book: ``eq-s01-sde``.
         """
-        require_floating("x_t", x_t)
-        return _affine(self.drift_coef(t), x_t).to(x_t.dtype)
+        return _affine(self.drift_coef(t), require_floating("x_t", x_t)).to(x_t.dtype)
 
     def diffusion(self, t: float | Tensor) -> Tensor:
         """Returns the diffusion coefficient g(t), from its closed form; never its square.
@@ -330,7 +340,11 @@ class Process(_Kernels):
         return self._diffusion(_as_time(t))
 
     def config(self) -> dict[str, Any]:
-        """Returns the process as a dictionary of plain values; ``from_config`` takes it back."""
+        """Returns the process as a dictionary of plain values; ``from_config`` takes it back.
+
+        Returns:
+            ``name`` of the class and its arguments, numbers or lists of numbers.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         plain = {k: v.tolist() if torch.is_tensor(v) else v for k, v in values.items()}
         return {"name": type(self).__name__, **plain}
@@ -370,8 +384,8 @@ class _LinearBeta(_Decay):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max < math.inf:
-            raise ValueError(f"need 0 < beta_min <= beta_max, got {self}")
+        if not 0 < self.beta_min <= self.beta_max <= 1400 - self.beta_min:
+            raise ValueError(f"need 0 < beta_min <= beta_max, mean <= 700 (float64), got {self}")
 
     def _rate(self, t: Tensor) -> Tensor:
         return self.beta_min + t * (self.beta_max - self.beta_min)
@@ -395,7 +409,7 @@ class VP(_LinearBeta, _Preserving):
         beta_max: rate at t = 1, at least ``beta_min``.
 
     Raises:
-        ValueError: rates out of order.
+        ValueError: rates out of order, or with a mean above 700.
 
     Reference:
         Song et al. (2021), equations 11 and 29; book: ``eq-s02-vp``.
@@ -411,7 +425,7 @@ class SubVP(_LinearBeta):
         beta_max: rate at t = 1, at least ``beta_min``.
 
     Raises:
-        ValueError: rates out of order.
+        ValueError: rates out of order, or with a mean above 700.
 
     Reference:
         Song et al. (2021), equations 12 and 29; book: ``eq-s04-subvp``.
@@ -435,11 +449,11 @@ class _Exploding(Process):
     """alpha = 1: the signal stays, noise is piled on top of it from sigma_min to sigma_max."""
 
     t_min: ClassVar[float] = 0.0
-    rho: ClassVar[float] = math.inf
+    rho: ClassVar[float] = 1e6
 
     def __post_init__(self) -> None:
-        if not (0 < self.sigma_min < self.sigma_max < math.inf and self.rho > 0):
-            raise ValueError(f"need 0 < sigma_min < sigma_max < infinity and rho > 0, got {self}")
+        if not (1e-30 < self.sigma_min < self.sigma_max < 1e30 and 0.1 <= self.rho <= 1e6):
+            raise ValueError(f"need 1e-30 < sigma_min < sigma_max < 1e30, rho 0.1 to 1e6; {self}")
 
     def _signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), torch.zeros_like(t)
@@ -488,10 +502,10 @@ class EDM(_Exploding):
     Args:
         sigma_min: noise scale at t = 0, positive.
         sigma_max: noise scale at t = 1, greater than ``sigma_min``.
-        rho: curvature, positive; large values spend more of the grid near sigma_min.
+        rho: curvature, from 0.1 to 1e6; large values spend more of the grid near sigma_min.
 
     Raises:
-        ValueError: scales out of order, or rho not positive.
+        ValueError: scales out of order, or a value out of range.
 
     Reference:
         Karras et al. (2022), equation 5; book: ``eq-process-edm``.
@@ -599,11 +613,14 @@ class _Steps(_Preserving):
 # %% ../nbs/02_processes.ipynb #282e9f60
 def _require_betas(betas: Tensor | Sequence[float]) -> Tensor:
     """The increments as a float64 CPU tensor of its own, or a refusal."""
+    require_floating("betas", 1.0 * torch.as_tensor(betas))
     betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas must have shape (n_steps,), got {tuple(betas.shape)}")
-    if not ((betas >= 0) & (betas < 1)).all():
-        raise ValueError(f"betas must lie in [0, 1), got {betas.min():g} to {betas.max():g}")
+    if not ((betas >= 0) & (betas < 1)).all() or not betas.any():
+        raise ValueError(f"betas must lie in [0, 1), not all 0; got {betas.min()}, {betas.max()}")
+    if (total := -torch.log1p(-betas).sum()) > 700:
+        raise ValueError(f"betas must keep alpha(1)^2 in float64, exp(-700); got exp(-{total:g})")
     return betas
 
 # %% ../nbs/02_processes.ipynb #c107f8de
@@ -620,10 +637,12 @@ class Discrete(_Steps):
     Attributes:
         n_steps: length T of the chain.
         alpha_bar: products of 1 - beta, ``(n_steps + 1,)``, float64; ``alpha_bar[0]`` is 1.
-        t_min: time of the first step, 1 / n_steps.
+        t_min: time of the first step with noise; 1 / n_steps unless beta_1 = 0.
 
     Raises:
-        ValueError: betas outside [0, 1), empty or not one-dimensional.
+        TypeError: betas are complex.
+        ValueError: betas outside [0, 1), all 0, empty, not one-dimensional, or with
+            -sum log(1 - beta) above 700, where alpha(1)^2 leaves the range of float64.
 
     Reference:
         Ho, Jain & Abbeel (2020), equations 2 and 4; book: ``eq-d02-marginal``.
@@ -638,8 +657,8 @@ class Discrete(_Steps):
         betas = _require_betas(self.betas)
         integral = torch.cat([betas.new_zeros(1), -torch.log1p(-betas).cumsum(0)])
         vars(self).update(betas=betas, n_steps=len(betas), alpha_bar=torch.exp(-integral),
-                          t_min=1 / len(betas), _key=tuple(betas.tolist()),
-                          _tables={integral.device: integral})
+                          _key=tuple(betas.tolist()), _tables={integral.device: integral},
+                          t_min=(integral > 0).tolist().index(True) / len(betas))
 
     def _rate(self, t: Tensor) -> Tensor:
         table, (_, arrival) = self._table(t), self._step(t)
@@ -651,9 +670,9 @@ class Discrete(_Steps):
     def _t_of_integral(self, integral: Tensor) -> Tensor:
         table = self._table(integral)
         arrival = torch.searchsorted(table, integral.to(table.dtype)).clamp(1, self.n_steps)
-        gap = (table.take(arrival) - table.take(arrival - 1)).clamp(min=torch.finfo(table.dtype).tiny)
-        k = arrival - 1 + (integral - table.take(arrival - 1)) / gap
-        return (k / self.n_steps).to(integral.dtype)
+        before, after = table.take(arrival - 1), table.take(arrival)
+        gap = (after - before).clamp(min=torch.finfo(table.dtype).tiny)
+        return ((arrival - 1 + (integral - before) / gap) / self.n_steps).to(integral.dtype)
 
 # %% ../nbs/02_processes.ipynb #c03c18a7
 def cosine_betas(n_steps: int = 1000, offset: float = 0.008, cap: float = 0.999) -> Tensor:

@@ -494,3 +494,72 @@ def test_the_bound_of_pixels_clips_predictions_to_their_range():
 def test_bits():
     assert ddpm.bits_per_dim(f64(64 * math.log(2)), 64) == pytest.approx(1.0)
     assert ddpm.bits_per_dim(torch.ones(3, 2), 4).shape == (3, 2)
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+LEVELS = torch.linspace(-1, 1, 17)
+
+
+@pytest.mark.parametrize("process", [VP(), CHAIN], ids=["VP", "Discrete"])
+def test_the_bound_ends_at_a_noisy_time(process):
+    model = Denoiser(lambda x, t: 0 * x, process)
+    with pytest.raises(ValueError, match="end at a noisy one"):
+        ddpm.variational_bound(model, torch.zeros(2, 3), torch.linspace(1, 0, 11))
+
+
+@pytest.mark.parametrize(
+    "changes, error, match",
+    [
+        (dict(decoder_var=-1.0), ValueError, "decoder_var .* got -1.0"),
+        (dict(decoder_var=0.0), ValueError, "decoder_var .* got 0.0"),
+        (dict(decoder_var=math.nan), ValueError, "decoder_var .* got nan"),
+        (dict(variance=[0.0]), ValueError, "variance must be > 0 .* got 0"),
+        (dict(variance=[math.nan]), ValueError, r"variance .* got \[nan\]"),
+        (dict(variance=[-1.0]), ValueError, r"variance .* got \[-1.0\]"),
+        (dict(x0=torch.full((2, 3), math.nan)), ValueError, "x0 must be finite, got nan"),
+        (dict(x0=torch.zeros(2, 3).int()), TypeError, "x0 must be .*int32"),
+        (dict(x0=torch.zeros(2, 3).numpy()), TypeError, "x0 must be .*ndarray"),
+        (dict(levels=torch.tensor([1.0])), ValueError, r"levels .* got \[1.0\]"),
+        (dict(levels=[1.0, 0.0]), ValueError, "levels must be two or more increasing"),
+        (dict(denoiser=torch.nn.Identity()), TypeError, "Denoiser.*got Identity"),
+    ],
+)
+def test_the_bound_refuses(changes, error, match):
+    model = Denoiser(lambda x, t: 0 * x, CHAIN)
+    good = dict(denoiser=model, x0=torch.zeros(2, 3), times=[1.0, 0.5], levels=LEVELS)
+    assert ddpm.variational_bound(**good).total.isfinite().all()
+    with pytest.raises(error, match=match):
+        ddpm.variational_bound(**{**good, **changes})
+
+
+def test_levels_may_be_a_list_and_nan_is_on_none():
+    x0, var = torch.zeros(2, 3), torch.tensor(0.1)
+    as_list = ddpm.decoder_log_prob(x0, x0, var, LEVELS.tolist())
+    assert torch.equal(as_list, ddpm.decoder_log_prob(x0, x0, var, LEVELS))
+    for bad in (math.nan, -0.03, 0.03):
+        with pytest.raises(ValueError, match="levels"):
+            ddpm.decoder_log_prob(x0 + bad, x0, var, LEVELS)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_ancestral_refuses_a_state_that_is_not_finite(bad):
+    model = Denoiser(lambda x, t: 0 * x, CHAIN)
+    with pytest.raises(ValueError, match=f"x_T must be finite, got {bad}"):
+        ddpm.ancestral(model, torch.tensor([[0.0, bad]]), [1.0, 0.5])
+    with pytest.raises(TypeError, match="Denoiser.*got Identity"):
+        ddpm.ancestral(torch.nn.Identity(), torch.zeros(2, 3), [1.0, 0.5])
+
+
+def test_empty_batches():
+    model, none = Denoiser(lambda x, t: 0 * x, CHAIN), torch.zeros(0, 3)
+    assert ddpm.gaussian_kl(none, torch.tensor(1.0), none, torch.tensor(2.0)).shape == (0,)
+    assert ddpm.simple_loss(model, none, 0.5, none).shape == (0,)
+    for levels in (None, LEVELS):
+        bound = ddpm.variational_bound(model, none, [1.0, 0.5], levels=levels)
+        assert bound.total.shape == (0,) and bound.steps.shape == (0, 1)
+
+
+def test_ancestral_on_a_device_does_not_look():
+    model, x_T = Denoiser(lambda x, t: 0 * x, CHAIN), torch.empty(2, 3, device="meta")
+    assert ddpm.ancestral(model, x_T, [1.0, 0.5]).shape == (2, 3)

@@ -255,6 +255,10 @@ def test_posterior_refuses():
         posterior(x.long(), x, 0.1, 0.5, VP())
     with pytest.raises(ValueError, match="no finite value"):
         posterior(x, x, 0.0, 0.5, Discrete([0.0, 0.1]))
+    with pytest.raises(ValueError, match=r"x0 \(2, 2\) and x_t \(1, 2\) differ in shape"):
+        posterior(x, x[:1], 0.1, 0.5, VP())
+    with pytest.raises(ValueError, match="one number per sample"):
+        posterior(x, x, torch.full((3,), 0.1), torch.full((4,), 0.5), VP())
 
 
 # --- The denoiser ---------------------------------------------------------------
@@ -373,6 +377,37 @@ def test_two_argument_networks():
         denoiser(randn(2, 2), 0.5, cond=1)
 
 
+@pytest.mark.parametrize(
+    "net, takes",
+    [
+        (lambda x, t, scale=2.0: scale * x, False),
+        (lambda x, t, *, cond=None: x, False),
+        (lambda x, t, label: x, True),
+        (lambda x, t, cond=-1: x, True),
+        (lambda x, t, y=None: x, True),
+        (lambda x, *rest: x, True),
+    ],
+)
+def test_which_networks_are_given_a_condition(net, takes):
+    denoiser, x = Denoiser(net, Flow(), "v"), torch.ones(2, 2)
+    assert denoiser.predict(x, 0.5).shape == (2, 2)
+    if takes:
+        assert torch.equal(denoiser.predict(x, 0.5, 3), x)
+    else:
+        with pytest.raises(TypeError, match="takes no cond"):
+            denoiser(x, 0.5, 3)
+
+
+def test_a_default_is_left_alone():
+    denoiser = Denoiser(lambda x, t, scale=2.0: scale * x, Flow(), "v")
+    assert torch.equal(denoiser.predict(torch.ones(2, 2), 0.5), torch.full((2, 2), 2.0))
+
+
+def test_repr():
+    text = repr(Denoiser(Net(), Flow(), "v"))
+    assert text.startswith("Denoiser(Net, Flow(") and text.endswith("'v')")
+
+
 def test_module_life():
     denoiser = Denoiser(Net(), VP(), "v", (2,))
     assert denoiser.eval() is denoiser and not denoiser.net.training
@@ -469,7 +504,7 @@ def test_labels():
         (0.5, TypeError, "class labels must be integers"),
         (True, TypeError, "class labels must be integers, got torch.bool"),
         (torch.zeros(3), TypeError, "class labels must be integers, got torch.float32"),
-        (torch.zeros(2, dtype=torch.int64), ValueError, r"\(2,\) for 3 samples"),
+        (torch.zeros(2, dtype=torch.int64), ValueError, r"shape \(2,\) against"),
         ("cat", TypeError, "str"),
     ],
 )
@@ -512,6 +547,8 @@ def test_guidance_refuses():
         guided(plain, math.nan)
     with pytest.raises(TypeError):
         guided(plain, "2")
+    with pytest.raises(TypeError, match="null must be an int or None, got 1.5"):
+        guided(plain, 2.0, null=1.5)
 
 
 # --- Devices and refusals -------------------------------------------------------
@@ -549,6 +586,11 @@ def test_posterior_and_convert_trust_the_device(predicts):
         (dict(time="index"), ValueError, "needs a Discrete process"),
         (dict(time="sigma"), ValueError, "time must be one of 't', 'log_snr'"),
         (dict(net=3), TypeError, "callable"),
+        (dict(process=VP), TypeError, r"process must be an instance, VP\(\), got"),
+        (dict(process="vp"), TypeError, "process must be an instance"),
+        (dict(process=None), TypeError, "process must be an instance"),
+        (dict(sigma_data=-3), ValueError, "a positive number; got -3"),
+        (dict(shape=2), TypeError, r"shape must be a tuple, \(2,\), got 2"),
         (dict(shape=(2, 0)), ValueError, "shape must be at least 1"),
         (dict(shape=(2.0,)), TypeError, "shape must be an int"),
     ],

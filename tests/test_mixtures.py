@@ -392,7 +392,7 @@ PAIR = torch.zeros(2, 2)
         (lambda: GaussianMixture([[0.0]], 1.0), TypeError, "means.*list"),
         (lambda: GaussianMixture(torch.zeros(0, 2), 1.0), ValueError, "empty"),
         (lambda: GaussianMixture(torch.tensor(0.0), 1.0), ValueError, "empty"),
-        (lambda: GaussianMixture(torch.tensor([[math.nan]]), 1.0), ValueError, "finite"),
+        (lambda: GaussianMixture(torch.tensor([[math.nan]]), 1.0), ValueError, "finite.*nan"),
         (lambda: GaussianMixture(PAIR, 0.0), ValueError, "component 0 .* eigenvalue 0"),
         (lambda: GaussianMixture(PAIR, -1), ValueError, "component 0"),
         (
@@ -434,7 +434,11 @@ PAIR = torch.zeros(2, 2)
         (lambda: GaussianMixture(PAIR, 1.0, torch.ones(3) / 3), ValueError, "2 positive numbers"),
         (lambda: GaussianMixture(PAIR, 1.0, [math.nan, 0.5]), ValueError, "positive"),
         (lambda: Gaussian(torch.tensor([1, 2]), 1.0), TypeError, "mean.*int64"),
-        (lambda: Gaussian(torch.zeros(2), torch.ones(3)), ValueError, "covariances"),
+        (lambda: Gaussian(torch.zeros(2), torch.ones(3)), ValueError, r"covariance must.*\(3,\)"),
+        (lambda: GaussianMixture(PAIR, math.nan), ValueError, "covariances .*got nan"),
+        (lambda: mixture().to(torch.int64), TypeError, "floating"),
+        (lambda: mixture().to(dtype=torch.int64), TypeError, "floating"),
+        (lambda: mixture().denoiser(Circle), TypeError, r"an instance, Circle\(\)"),
         (lambda: Gaussian(torch.zeros(2), torch.ones(2, 2)), ValueError, "not positive definite"),
         (lambda: Empirical(torch.arange(4)), TypeError, "data.*int64"),
         (lambda: Empirical(torch.zeros(0, 2)), ValueError, "empty"),
@@ -512,3 +516,26 @@ def test_covariances_within_rounding():
     C[0, 0, 1] *= 1 + 1e-7
     law = GaussianMixture(torch.zeros(1, 20), C)
     torch.testing.assert_close(law.cov, C[0], rtol=1e-4, atol=1e-4)
+
+
+def test_to_takes_a_dtype_first():
+    law = mixture().to(torch.float32)
+    assert law.dtype == law.weights.dtype == torch.float32 and law.labels.dtype == torch.int64
+    assert law.to("cpu", WIDE).dtype == WIDE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_default_weights_in_half_precision(dtype):
+    law = GaussianMixture(torch.zeros(61, 2, dtype=dtype), 1.0)
+    assert law.weights.dtype == dtype
+    torch.testing.assert_close(law.weights, torch.full((61,), 1 / 61, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_one_covariance_in_all_its_forms(kind):
+    for numbers in ([1.0, 2.0], [[1.0, 0.5], [0.5, 2.0]]):
+        given = kind(numbers)
+        expected = torch.as_tensor(given, dtype=WIDE)
+        expected = expected.diag() if expected.ndim == 1 else expected
+        law = Gaussian(torch.zeros(2, dtype=WIDE), given)
+        torch.testing.assert_close(law.cov, expected)

@@ -25,6 +25,7 @@ from diffnotes.processes import (
     from_config,
     linear_betas,
 )
+from diffnotes.samplers import time_grid
 
 PROCESSES = {
     "VP": VP(),
@@ -319,16 +320,34 @@ def test_rates_out_of_order(kind, low, high):
         kind(beta_min=low, beta_max=high)
 
 
-@pytest.mark.parametrize("rho", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("rho", [0.0, -1.0, math.nan, math.inf, 1e-3, 1e9])
 def test_rho(rho):
     with pytest.raises(ValueError, match="rho"):
         EDM(rho=rho)
 
 
-@pytest.mark.parametrize("betas", [[], [[0.1]], 0.1, [-0.1], [0.1, 1.0], [math.nan], [1.5]])
+@pytest.mark.parametrize(
+    "betas", [[], [[0.1]], 0.1, [-0.1], [0.1, 1.0], [math.nan], [1.5], [0, 0]]
+)
 def test_betas_refused(betas):
     with pytest.raises(ValueError, match="betas must"):
         Discrete(betas)
+
+
+@pytest.mark.parametrize("kind", [VP, SubVP])
+def test_no_more_noise_than_float64_holds(kind):
+    with pytest.raises(ValueError, match="mean <= 700"):
+        kind(0.1, 1400)
+    with pytest.raises(ValueError, match="float64"):
+        Discrete([0.999999] * 1000)
+    for p in (kind(0.1, 1399.9), Discrete([0.5] * 1000)):
+        assert p.alpha(1.0) ** 2 > 0 and ((p.sigma(1.0) / p.alpha(1.0)) ** 2).isfinite()
+        assert p.t_of_log_snr(p.log_snr(1.0)).item() == pytest.approx(1)
+
+
+def test_complex_betas_refused():
+    with pytest.raises(TypeError, match="betas.*complex"):
+        Discrete(torch.tensor([0.1 + 0.5j]))
 
 
 def test_schedules_refuse():
@@ -351,7 +370,7 @@ def test_abstract():
 # --- The chain ----------------------------------------------------------------
 
 
-@given(st.lists(st.floats(0, 0.999), min_size=1, max_size=30))
+@given(st.lists(st.floats(0, 0.999), min_size=1, max_size=30).filter(any))
 @settings(deadline=None)
 def test_chain_against_a_loop(values):
     p, alpha_bar = Discrete(values), 1.0
@@ -384,6 +403,14 @@ def test_steps_without_noise():
     assert p.sigma(0.25) == 0 and p.log_snr(0.25) == math.inf and p.t_of_log_snr(math.inf) == 0
     assert p.t_of_log_snr(p.log_snr(0.7)).item() == pytest.approx(0.5)
     assert p.diffusion(0.7) == 0 and p.transition(0.5, 0.75) == (1, 0)
+
+
+def test_starts_at_the_first_step_with_noise():
+    p = Discrete([0, 0.5, 0.9])
+    assert p.t_min == pytest.approx(2 / 3) and p.sigma(p.t_min) > 0
+    for kind in ("log_snr", "t"):
+        same(time_grid(p, 2, kind), f64(1, 2 / 3))
+    assert Discrete(linear_betas()).t_min == 1 / 1000
 
 
 def test_betas_are_copied_into_float64():
