@@ -51,8 +51,9 @@ def step_coefficients(process: Process, times: Tensor) -> tuple[Tensor, Tensor, 
 # %% ../nbs/13_one_family.ipynb #b9e5c83d
 def _on_chain(times: Tensor, n_steps: int) -> Tensor:
     """The points k / n_steps nearest to the times, moved apart where two would coincide."""
-    if len(times) > n_steps:
-        raise ValueError(f"steps must be at most the chain's {n_steps}, got {len(times)}")
+    most = n_steps - round(times[-1].item() * n_steps) + 1
+    if len(times) > most:
+        raise ValueError(f"steps must be at most the chain's {most}, got {len(times)}")
     k, i = (times.flip(0) * n_steps).round(), torch.arange(len(times), dtype=torch.float64)
     k = (k - i).cummax(0).values + i
     return (torch.minimum(k, n_steps - (len(times) - 1) + i) / n_steps).flip(0)
@@ -84,8 +85,7 @@ def time_grid(process: Process, steps: int, kind: str = "log_snr") -> Tensor:
     else:
         ends = process.log_snr(torch.tensor([high, low], dtype=torch.float64))
         times = process.t_of_log_snr(torch.linspace(*ends.tolist(), steps, dtype=torch.float64))
-        times[-1] = low
-    times[0] = high
+    times[-1], times[0] = low, high
     return _on_chain(times, process.n_steps) if isinstance(process, Discrete) else times
 
 # %% ../nbs/13_one_family.ipynb #a8c19382
@@ -149,10 +149,9 @@ class Evaluator:
         self.points, self.p, self.q = times.tolist(), zero, one
         self._told, self._net = (denoiser, times, cond), None
         if type(denoiser).__call__ is Denoiser.__call__:
-            both = convert(torch.cat([zero, one]), torch.cat([one, zero]), times.repeat(2),
-                           denoiser.process, denoiser.predicts, "x0",
-                           sigma_data=denoiser.sigma_data)
-            self.p, self.q = both.chunk(2)
+            pq = convert(torch.cat([zero, one]), torch.cat([one, zero]), times.repeat(2),
+                         denoiser.process, denoiser.predicts, "x0", sigma_data=denoiser.sigma_data)
+            self.p, self.q = pq.chunk(2)
         else:
             self._net = lambda i, x: denoiser(x, self.points[i], cond)
         self._pairs = list(zip(self.p.tolist(), self.q.tolist(), strict=True))
@@ -390,9 +389,12 @@ def _grid(process: Process, entry: Sampler, steps: int | None,
     """The times of a run: the caller's, or the sampler's grid."""
     if times is not None and steps is not None:
         raise ValueError(f"give steps or times, not both; got steps={steps!r} with times")
-    if steps is None:
-        steps = min(entry.steps, getattr(process, "n_steps", entry.steps))
-    return time_grid(process, steps, entry.grid) if times is None else as_times(process, times)
+    if times is not None:
+        return as_times(process, times)
+    most = entry.steps
+    if isinstance(process, Discrete):
+        most = min(most, round((1 - process.t_min) * process.n_steps) + 1)
+    return time_grid(process, most if steps is None else steps, entry.grid)
 
 # %% ../nbs/13_one_family.ipynb #aa6ac8bc
 def _size(denoiser: Denoiser, n: int | None, x_T: Tensor | None,
@@ -449,9 +451,8 @@ def _counted(total: int, callback: Callable | None) -> Iterator[Callable | None]
     if not total:
         yield callback
         return
-    told = callback or (lambda *_: None)
     with tqdm(total=total, unit="step") as bar:
-        yield lambda *args: (bar.update(), told(*args))
+        yield lambda *args: (bar.update(), callback and callback(*args))
 
 # %% ../nbs/13_one_family.ipynb #5b459010
 def _evaluating(net: Callable) -> ExitStack:
@@ -515,8 +516,7 @@ def sample(denoiser: Denoiser, n: int | None = None, *, sampler: str | Callable 
     n, *shape = _size(denoiser, n, x_T, cond)
     dtype = denoiser.dtype or torch.get_default_dtype() if x_T is None else x_T.dtype
     if x_T is None:
-        noise = _normals(seed, generator, 0, slice(0, n))
-        x_T = _start(denoiser, (n, *shape), times[0], noise)
+        x_T = _start(denoiser, (n, *shape), times[0], _normals(seed, generator, 0, slice(0, n)))
     size = n if batch_size is None else require_positive_int("batch_size", batch_size)
     pieces, denoiser = _pieces(cond, x_T, size), guided(denoiser, guidance)
     graph, bar = x_T.requires_grad and torch.is_grad_enabled(), progress * len(pieces) * len(times)

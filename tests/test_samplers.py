@@ -702,3 +702,12 @@ def test_dropout_sleeps_while_samples_are_drawn():
     fails.clear()
     denoiser.eval()
     assert torch.equal(sample(denoiser, 20, steps=5, seed=0), one) and not net.training
+
+
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_chain_that_begins_without_noise(sampler):
+    process = Discrete([0.0, 0.0, 0.5, 0.9])
+    denoiser = Empirical(torch.ones(1, 2)).denoiser(process)
+    torch.testing.assert_close(sample(denoiser, 3, sampler=sampler, seed=0), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="at most the chain's 2, got 3"):
+        sample(denoiser, 3, sampler=sampler, steps=3)
