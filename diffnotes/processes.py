@@ -617,7 +617,7 @@ def _require_betas(betas: Tensor | Sequence[float]) -> Tensor:
     betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().clone()
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas must have shape (n_steps,), got {tuple(betas.shape)}")
-    if not ((betas >= 0) & (betas < 1)).all() or not betas.any():
+    if not ((betas >= 0) & (betas < 1)).all() or not torch.log1p(-betas).any():
         raise ValueError(f"betas must lie in [0, 1), not all 0; got {betas.min()}, {betas.max()}")
     if (total := -torch.log1p(-betas).sum()) > 700:
         raise ValueError(f"betas must keep alpha(1)^2 in float64, exp(-700); got exp(-{total:g})")
