@@ -21,10 +21,6 @@ if os.environ.get("CI"):
     settings.load_profile("steady")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "development: needs the development environment")
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the sources in a temporary folder, so that no test writes to the repository."""
