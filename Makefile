@@ -65,8 +65,9 @@ notebooks: $(READY) export ## re-execute the notebooks in place, normalised
 export: $(READY) ## write diffnotes/ from the notebooks
 	@$(BIN)/python tools/export.py
 
-ledger: $(READY) ## write nbs/ledger.md, the table of equations and checks
+ledger: $(READY) ## write nbs/ledger.md, the table of equations and checks, and nbs/pitfalls.md
 	@$(BIN)/python tools/ledger.py
+	$(BIN)/python tools/pitfalls.py
 
 mutants: $(READY) ## break exported formulas one by one and see which breaks the chapters catch
 	@$(BIN)/python tools/mutants.py $(NB)

@@ -20,8 +20,12 @@ from .processes import (
     linear_betas,
 )
 from .denoisers import Denoiser, guided, posterior
+from .stepping import register, time_grid
 from .ddpm import ancestral, variational_bound
-from .samplers import sample, time_grid
+from .ncsn import annealed_langevin, langevin, noise_levels
+from .sde import euler_maruyama, predictor_corrector, probability_flow, reverse_diffusion
+from .samplers import as_process, sample
+from .likelihood import log_likelihood
 from .data import digits
 from .networks import MLP, UNet
 from .training import loss, train
@@ -32,8 +36,12 @@ __all__ = [
     "Gaussian", "GaussianMixture", "Empirical",
     "VP", "VE", "SubVP", "Cosine", "EDM", "Flow", "Discrete", "linear_betas", "cosine_betas",
     "Denoiser", "posterior", "guided",
+    "register", "time_grid",
     "ancestral", "variational_bound",
-    "sample", "time_grid",
+    "annealed_langevin", "langevin", "noise_levels",
+    "euler_maruyama", "predictor_corrector", "probability_flow", "reverse_diffusion",
+    "as_process", "sample",
+    "log_likelihood",
     "digits",
     "MLP", "UNet",
     "loss", "train",

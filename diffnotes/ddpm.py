@@ -16,10 +16,12 @@ from torch.special import log_ndtr
 from .checks import expand, require_choice, require_floating
 from .denoisers import Denoiser, posterior
 from .processes import Process
+from .stepping import as_times, register, walk
 
 # %% auto #0
 __all__ = ['gaussian_kl', 'reverse_variance', 'step_kl', 'prior_kl', 'decoder_log_prob', 'Bound', 'variational_bound',
-           'ddpm_mean', 'bound_weight', 'simple_loss', 'ancestral', 'learned_range_var', 'bits_per_dim']
+           'ddpm_mean', 'bound_weight', 'simple_loss', 'ancestral_coefficients', 'ancestral', 'learned_range_var',
+           'bits_per_dim']
 
 # %% ../nbs/10_ddpm.ipynb #c7f2a95b
 def gaussian_kl(mean_q: Tensor, var_q: Tensor, mean_p: Tensor, var_p: Tensor) -> Tensor:
@@ -74,6 +76,24 @@ def reverse_variance(t: float | Tensor, s: float | Tensor, process: Process,
     if kind == "large":
         return large
     return large * (process.sigma(s) / process.sigma(t)) ** 2
+
+# %% ../nbs/10_ddpm.ipynb #36fabf13
+def _process(denoiser: Denoiser) -> Process:
+    """The denoiser's process; a bare network has none."""
+    if not hasattr(denoiser, "process"):
+        raise TypeError(f"needs a Denoiser(net, process), got {type(denoiser).__name__}")
+    return denoiser.process
+
+
+def _variances(times: Tensor, process: Process, variance: str | Tensor) -> Tensor:
+    """The reverse variance of each step between the times, float64, ``(N - 1,)``."""
+    if isinstance(variance, str):
+        return reverse_variance(times[:-1], times[1:], process, variance)
+    variance = torch.as_tensor(variance, dtype=torch.float64, device="cpu")
+    if variance.shape != (len(times) - 1,) or not ((variance >= 0) & variance.isfinite()).all():
+        raise ValueError(f"variance must be {len(times) - 1} finite numbers >= 0, one for each "
+                         f"step, got {variance.tolist()}")
+    return variance
 
 # %% ../nbs/10_ddpm.ipynb #7077cf4b
 def step_kl(x0: Tensor, x_t: Tensor, x0_hat: Tensor, t: float | Tensor, s: float | Tensor,
@@ -160,36 +180,6 @@ def decoder_log_prob(x0: Tensor, mean: Tensor, var: Tensor,
         terms = _log_bin(x0, mean, var.sqrt(), _levels(levels).to(x0))
     return terms[..., None].flatten(1).sum(1)
 
-# %% ../nbs/10_ddpm.ipynb #36fabf13
-def _decreasing(times: Sequence[float] | Tensor) -> Tensor:
-    """The times as a 1-D float64 CPU tensor, strictly decreasing inside [0, 1]."""
-    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    inside = times.ndim == 1 and len(times) > 0 and 0 <= times[-1] and times[0] <= 1
-    if not inside or not (times.diff() < 0).all():
-        raise ValueError(f"times must strictly decrease in [0, 1], got {times.tolist()}")
-    return times
-
-
-def _variances(times: Tensor, process: Process, variance: str | Tensor) -> Tensor:
-    """The reverse variance of each step between the times, float64, ``(N - 1,)``."""
-    if isinstance(variance, str):
-        return reverse_variance(times[:-1], times[1:], process, variance)
-    variance = torch.as_tensor(variance, dtype=torch.float64, device="cpu")
-    if variance.shape != (len(times) - 1,) or not ((variance >= 0) & variance.isfinite()).all():
-        raise ValueError(f"variance must be {len(times) - 1} finite numbers >= 0, one for each "
-                         f"step, got {variance.tolist()}")
-    return variance
-
-
-def _noisy(times: Sequence[float] | Tensor, denoiser: Denoiser) -> Tensor:
-    """Such times, with noise left at the last."""
-    if not hasattr(denoiser, "process"):
-        raise TypeError(f"needs a Denoiser(net, process), got {type(denoiser).__name__}")
-    times = _decreasing(times)
-    if denoiser.process.sigma(times[-1]) == 0:
-        raise ValueError("sigma is 0 at the last time: end at a noisy one, to return x0_hat there")
-    return times
-
 # %% ../nbs/10_ddpm.ipynb #45662fe9
 def _require_finite(name: str, x: Tensor) -> Tensor:
     """x, a floating-point tensor without infinity or NaN; trusted on an accelerator."""
@@ -240,8 +230,8 @@ def variational_bound(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | T
     Args:
         denoiser: the model.
         x0: data, ``(B, *D)``.
-        times: the chain's times from the noisiest on, strictly decreasing, sigma > 0 at the last,
-            ``(N,)``.
+        times: the chain's times from the noisiest on, ``(N,)``, see ``as_times``: they strictly
+            decrease, and a last one without noise is dropped, for the decoder is that step.
         variance: ``"large"`` or ``"small"`` as in ``reverse_variance``, or numbers > 0,
             ``(N - 1,)``.
         levels: the values a pixel can take, ``(L,)``; without them the decoder is a density.
@@ -261,7 +251,8 @@ def variational_bound(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | T
     Reference:
         Ho, Jain and Abbeel (2020), equations 5 and 13; eq-d07-bound.
     """
-    times, process = _noisy(times, denoiser), denoiser.process
+    process = _process(denoiser)
+    times = as_times(process, times)
     levels = None if levels is None else _levels(levels).to(_require_finite("x0", x0))
     steps = [_require_finite("x0", x0).new_zeros(len(x0), 0)]
     variances = _variances(times, process, variance)
@@ -361,17 +352,32 @@ def simple_loss(denoiser: Denoiser, x0: Tensor, t: float | Tensor, eps: Tensor,
     return error.square()[..., None].flatten(1).mean(1)
 
 # %% ../nbs/10_ddpm.ipynb #f18f9afe
-def _coefficients(process: Process, times: Tensor,
-                  variance: str | Tensor) -> list[tuple[float, ...]]:
-    """(t, factor of x0_hat, factor of x_t, std of the noise) of each step, as Python floats."""
+def ancestral_coefficients(process: Process, times: Tensor,
+                           variance: str | Tensor = "large") -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the factors of x_t, x0_hat and the noise in each step of the reverse chain.
+
+    Args:
+        process: the forward process.
+        times: as ``as_times`` returns them, ``(N,)``.
+        variance: ``"large"`` or ``"small"`` as in ``reverse_variance``, or numbers ``(N - 1,)``.
+
+    Returns:
+        on_x, on_x0 and on_noise, for ``walk``: float64, ``(N - 1,)``.
+
+    Raises:
+        ValueError: ``variance`` is not as described.
+
+    Reference:
+        eq-d10-ancestral, eq-den-posterior.
+    """
     t, s = times[:-1], times[1:]
     one, zero = torch.ones_like(t), torch.zeros_like(t)
-    on_x0, _ = posterior(one, zero, s, t, process)
     on_x, _ = posterior(zero, one, s, t, process)
-    std = _variances(times, process, variance).sqrt()
-    return list(zip(t.tolist(), on_x0.tolist(), on_x.tolist(), std.tolist(), strict=True))
+    on_x0, _ = posterior(one, zero, s, t, process)
+    return on_x, on_x0, _variances(times, process, variance).sqrt()
 
 # %% ../nbs/10_ddpm.ipynb #255022cb
+@register("ancestral", steps=1000, grid="t")
 def ancestral(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, *,
               cond: Tensor | None = None, noise: Callable[[Tensor], Tensor] | None = None,
               callback: Callable | None = None, variance: str | Tensor = "large") -> Tensor:
@@ -383,7 +389,8 @@ def ancestral(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, 
     Args:
         denoiser: the model; its process may be any.
         x_T: state at ``times[0]``, already scaled, ``(B, *D)``.
-        times: strictly decreasing in [0, 1], sigma > 0 at the last, ``(N,)``.
+        times: strictly decreasing in [0, 1], ``(N,)``; a last one without noise is dropped, for
+            the step that would reach it is the one without noise.
         cond: condition, passed to the network unchanged.
         noise: gives standard normal noise like its argument; ``torch.randn_like`` by default.
         callback: called with (i, t, x_t, x0_hat) at each time.
@@ -399,19 +406,9 @@ def ancestral(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, 
     Reference:
         Ho, Jain and Abbeel (2020), algorithm 2; eq-d10-ancestral.
     """
-    x = _require_finite("x_T", x_T).to(torch.promote_types(x_T.dtype, torch.float32))
-    times = _noisy(times, denoiser)
-    steps = _coefficients(denoiser.process, times, variance)
-    draw = torch.randn_like if noise is None else noise
-    report = callback if callback is not None else lambda *_: None
-    for i, (t, on_x0, on_x, std) in enumerate(steps):
-        x0_hat = denoiser(x, t, cond)
-        report(i, t, x, x0_hat)
-        x = (on_x * x).add_(x0_hat, alpha=on_x0).add_(draw(x), alpha=std)
-    t = times[-1].item()
-    x0_hat = denoiser(x, t, cond)
-    report(len(steps), t, x, x0_hat)
-    return x0_hat.to(x_T.dtype)
+    times = as_times(_process(denoiser), times)
+    steps = ancestral_coefficients(denoiser.process, times, variance)
+    return walk(denoiser, x_T, times, *steps, cond=cond, noise=noise, callback=callback)
 
 # %% ../nbs/10_ddpm.ipynb #672f8202
 def learned_range_var(v: Tensor, t: float | Tensor, s: float | Tensor, process: Process) -> Tensor:

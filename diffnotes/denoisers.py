@@ -93,7 +93,7 @@ def _combine(a: float | Tensor, x_t: Tensor, b: float | Tensor, value: Tensor) -
 def _time(t: float | Tensor, name: str = "t") -> float | Tensor:
     """Returns a valid time, half precision raised to float32."""
     t = require_time(t, name=name)
-    return t.float() if torch.is_tensor(t) and t.dtype.itemsize < 4 else t
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if torch.is_tensor(t) else t
 
 
 def _require_coordinate(what: str, name: str, sigma_data: float | None) -> None:
@@ -217,8 +217,8 @@ def preconditioning(process: Process, t: float | Tensor,
     _require_coordinate("source", "edm", sigma_data)
     t = _time(t)
     alpha, sigma = process.alpha(t), process.sigma(t)
-    std = torch.hypot(alpha * sigma_data, sigma)
-    return alpha * (sigma_data / std) ** 2, sigma * sigma_data / std, 1 / std
+    c_in = 1 / torch.hypot(alpha * sigma_data, sigma)
+    return alpha * (sigma_data * c_in) ** 2, sigma * sigma_data * c_in, c_in
 
 # %% ../nbs/03_denoisers.ipynb #af543228
 def _network_time(time: str | Callable, t: float | Tensor, process: Process) -> Tensor:
@@ -227,13 +227,21 @@ def _network_time(time: str | Callable, t: float | Tensor, process: Process) -> 
     if callable(time):
         value = torch.as_tensor(time(value))
     elif time == "index":
-        k = value * process.n_steps
-        k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
+        k = torch.round(value * process.n_steps, decimals=3)
         value = torch.where(k < 1, math.nan, k - 1)
     elif time != "t":
         value = process.log_snr(value) * (1 if time == "log_snr" else -1 / 8)
     _require_finite(f"time={time!r}", t, process, value)
     return value
+
+
+def _require_convention(time: str | Callable, process: Process) -> None:
+    """Refuses what is no process, an unknown convention of time, an index where is no chain."""
+    if not isinstance(process, Process):
+        raise TypeError(f"process must be an instance, VP(), got {process!r}")
+    callable(time) or require_choice("time", time, ("t", "log_snr", "log_sigma", "index"))
+    if time == "index" and not isinstance(process, Discrete):
+        raise ValueError(f"time='index' needs a Discrete process, got {process}")
 
 # %% ../nbs/03_denoisers.ipynb #6fc6607e
 def _per_sample(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -316,7 +324,7 @@ def _plan(denoiser: Denoiser, targets: tuple[str, ...], t: float | Tensor) -> tu
     """Returns the pairs a, b of the targets, the network's time and its input scale at t."""
     predicts, process, scale = denoiser.predicts, denoiser.process, denoiser.sigma_data
     pairs = [tuple(map(_number, _affine(predicts, i, t, process, scale))) for i in targets]
-    c_in = preconditioning(process, t, scale)[2] if predicts == "edm" else 1.0
+    c_in = preconditioning(process, t, scale)[2] if predicts == "edm" else None
     return pairs, _number(_network_time(denoiser.time, t, process)), _number(c_in)
 
 
@@ -375,15 +383,6 @@ class _Readings(_Network):
     def predict(self, x_t: Tensor, t: float | Tensor, cond: int | Tensor | None = None) -> Tensor:
         """Returns the network's own output, whatever its shape, in its coordinate and dtype."""
         return _read(self, (), x_t, t, cond)[0]
-
-# %% ../nbs/03_denoisers.ipynb #34480a33
-def _require_convention(time: str | Callable, process: Process) -> None:
-    """Refuses what is no process, an unknown convention of time, an index where is no chain."""
-    if not isinstance(process, Process):
-        raise TypeError(f"process must be an instance, VP(), got {process!r}")
-    callable(time) or require_choice("time", time, ("t", "log_snr", "log_sigma", "index"))
-    if time == "index" and not isinstance(process, Discrete):
-        raise ValueError(f"time='index' needs a Discrete process, got {process}")
 
 # %% ../nbs/03_denoisers.ipynb #ba1d5bc1
 class Denoiser(_Readings):

@@ -56,7 +56,7 @@ def _positive(variances: Tensor, rounding: float = 0.0) -> Tensor:
 
 def _principal_axes(C: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``(K, D)`` and, as columns, eigenvectors of covariances ``(K, D, D)``."""
-    rounding = C.shape[-1] * torch.finfo(C.dtype).eps
+    rounding = len(C[0]) * torch.finfo(C.dtype).eps
     if ((C - C.mT).abs() > 8 * rounding * C.abs().amax((1, 2), keepdim=True)).any():
         raise ValueError("a covariance must be symmetric")
     variances, axes = torch.linalg.eigh(_wide(C + C.mT) / 2)
@@ -87,7 +87,7 @@ class _View:
         self.parts, self.x, self.alpha = parts, x, alpha
         self.v = (alpha**2 * parts.variances + sigma**2).clamp(min=1e-30)     # (B, K, D)
         self.y = parts.residual(x, alpha)                                     # (B, K, D)
-        log_normal = parts.log_normal(self.y, self.v).clamp(min=-torch.finfo(x.dtype).max / 8)
+        log_normal = parts.log_normal(self.y, self.v).clamp(min=-torch.finfo(x.dtype).max)
         self.log_joint = log_w + log_normal                                   # (B, K)
         self.r = self.log_joint.softmax(1)                                    # (B, K)
 
@@ -174,16 +174,15 @@ class _Stored:
                   torch.einsum("k,kij,kj,klj->il", w, parts.axes, parts.variances, parts.axes))
         return within + r.T @ (w[:, None] * r)
 
-# %% ../nbs/01_mixtures.ipynb #bbc9319f
+# %% ../nbs/01_mixtures.ipynb #01e3ab6a
 def _choose(weights: Tensor, labels: Tensor | None, n: int, asked: Tensor | None,
             generator: torch.Generator | None) -> Tensor:
     """n components by weight, ``(n,)``, each among those of the label asked for."""
     if asked is None:
         return torch.multinomial(weights, n, replacement=True, generator=generator)
     priors = (_log_prior(weights, labels, piece).exp() for piece in asked.split(1024))
-    return torch.cat([torch.multinomial(w, 1, generator=generator)[:, 0] for w in priors])
+    return torch.cat([torch.multinomial(w, 1, generator=generator).squeeze(1) for w in priors])
 
-# %% ../nbs/01_mixtures.ipynb #01e3ab6a
 class _Sampled(_Stored):
     """Adds samples."""
 
@@ -251,13 +250,13 @@ class _Asked(_Sampled):
         columns = self._seen(x, scales) + ([] if asked is None else [asked])
         if self._has_points and answer in (_log_density, _score) and (columns[2] == 0).any():
             raise ValueError("point masses have no density without noise, and sigma is 0 here")
-        rows = max(1, 2**21 // self._parts.variances.numel())
+        rows = 1 + 2_000_000 // self._parts.variances.numel()
         pieces = zip(*(column.split(rows) for column in columns), strict=True)
         return torch.cat([answer(self._look(*piece)) for piece in pieces]).to(x.dtype)
 
 # %% ../nbs/01_mixtures.ipynb #e5e8ebf3
 class _Dense(_Asked):
-    """Adds density and score of x0."""
+    """Adds density and score, of x0 and of x_t."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of x0, in nats.
@@ -294,10 +293,6 @@ class _Dense(_Asked):
             eq-mix-score at alpha = 1, sigma = 0.
         """
         return self._ask(_score, x, (1.0, 0.0)).reshape(x.shape)
-
-# %% ../nbs/01_mixtures.ipynb #644bcb7e
-class _Noised(_Dense):
-    """Adds density and score of x_t."""
 
     def marginal_log_prob(self, x_t: Tensor, t: float | Tensor, process: Curves,
                           cond: int | Tensor | None = None) -> Tensor:
@@ -345,7 +340,7 @@ class _Noised(_Dense):
         return self._ask(_score, x_t, _scales(process, t), cond).reshape(x_t.shape)
 
 # %% ../nbs/01_mixtures.ipynb #dcc51905
-class _Guessing(_Noised):
+class _Guessing(_Dense):
     """Adds what is known of x0 given x_t."""
 
     def posterior_mean(self, x_t: Tensor, t: float | Tensor, process: Curves,
@@ -438,7 +433,7 @@ class Law(_Guessing, ABC):
             TypeError: ``dtype`` is not floating.
         """
         device, dtype = (None, device) if isinstance(device, torch.dtype) else (device, dtype)
-        require_floating("a law", torch.empty(0, dtype=dtype or self.dtype))
+        require_floating("a law", torch.empty((), dtype=dtype))
         move = {n: a.to(device, dtype) for n, a in vars(self._parts).items() if a is not None}
         labels = None if self.labels is None else self.labels.to(device)
         weights, law = self.weights.to(device, dtype), type(self).__new__(type(self))
@@ -478,7 +473,7 @@ class _Exact:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> _Exact:
         """The same of a copy of the law on another device or in another dtype."""
-        return replace(self, law=self.law.to(device, dtype))
+        return replace(self, law=self.law.to(device=device, dtype=dtype))
 
 def _noised(law: Law, process: Curves, t: float | Tensor, kind: type[Law]) -> Law:
     """The law of x_t as an object of the given class (eq-mix-density)."""
@@ -609,7 +604,8 @@ class Gaussian(Law):
     def __init__(self, mean: Tensor, covariance: float | Tensor) -> None:
         means = _require_batch("mean", require_floating("mean", mean)[None])
         parts = _components(means.reshape(1, -1), covariance, one=True)
-        self._set(parts, means.new_ones(1), means.new_zeros(1, dtype=torch.int64), mean.shape)
+        one = means.new_ones(1)
+        self._set(parts, one, torch.zeros_like(one, dtype=torch.int64), mean.shape)
 
     def marginal(self, process: Curves, t: float | Tensor) -> Gaussian:
         """The law of x_t at time ``t`` of ``process``, a Gaussian; see ``Law.marginal``."""

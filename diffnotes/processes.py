@@ -217,8 +217,8 @@ class _Kernels(_Curves):
             Kingma et al. (2021), appendix A; book: ``eq-process-transition``.
         """
         s, t = _as_time(s, "s"), _as_time(t)
-        if s.ndim == t.ndim == 1:
-            expand(s, t)
+        if s.ndim == t.ndim == 1 and len(s) != len(t):
+            raise ValueError(f"one s and one t per sample: {tuple(s.shape)}, {tuple(t.shape)}")
         if s.device.type == t.device.type == "cpu" and (s > t).any():
             raise ValueError(f"need s <= t, got s = {s.max():g} and t = {t.min():g}")
         ratio = torch.exp(self._signal(t)[0] - self._signal(s)[0])

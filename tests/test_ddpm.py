@@ -203,14 +203,14 @@ def test_numbers_for_the_variance_do_what_the_words_do(law):
 @pytest.mark.parametrize(
     "times, variance, match",
     [
-        ([0.2, 0.5], "large", "decrease"),
-        ([0.5, 0.5], "large", "decrease"),
-        ([1.1, 0.5], "large", "decrease"),
-        ([0.5, -0.1], "large", "decrease"),
-        ([], "large", "decrease"),
-        ([[0.5, 0.2]], "large", "decrease"),
-        ([0.5, math.nan], "large", "decrease"),
-        ([0.5, 0.0], "large", "sigma is 0"),
+        ([0.2, 0.5], "large", "decrease .* got 0.5 after 0.2"),
+        ([0.5, 0.5], "large", "decrease .* got 0.5 after 0.5"),
+        ([1.1, 0.5], "large", r"\[0, 1\], got 1.1"),
+        ([0.5, -0.1], "large", r"\[0, 1\], got -0.1"),
+        ([], "large", "N >= 1"),
+        ([[0.5, 0.2]], "large", "N >= 1"),
+        ([0.5, math.nan], "large", r"\[0, 1\], got nan"),
+        ([0.0], "large", "sigma > 0"),
         ([0.5, 0.2], "medium", "large"),
         ([0.5, 0.2], torch.ones(2), "variance"),
         ([0.5, 0.2], [-1.0], "variance"),
@@ -222,6 +222,48 @@ def test_ancestral_refuses(law, times, variance, match):
         ddpm.ancestral(
             law.denoiser(CHAIN), torch.randn(2, 3), torch.tensor(times), variance=variance
         )
+
+
+def test_the_factors_of_a_step_on_the_chain():
+    k = torch.arange(1000, 1, -1)
+    bars, beta = CHAIN.alpha_bar, CHAIN.betas[k - 1]
+    on_x, on_x0, on_noise = ddpm.ancestral_coefficients(CHAIN, chain_times(1000))
+    before, after = bars[k - 1], bars[k]
+    expected = (1 - beta).sqrt() * (1 - before) / (1 - after), before.sqrt() * beta / (1 - after)
+    for found, wanted in zip((on_x, on_x0, on_noise**2), (*expected, beta), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    assert torch.equal(
+        ddpm.ancestral_coefficients(CHAIN, f64([0.3, 0.2]), [4.0])[2], f64([2.0])
+    )
+
+
+@pytest.mark.parametrize("predicts", ["eps", "v", "score", "velocity"])
+def test_ancestral_walks_alike_in_every_coordinate(law, predicts):
+    exact, start = law.denoiser(CHAIN), torch.randn(5, 3, dtype=torch.float64)
+    told = Denoiser(
+        lambda x, t, cond: getattr(exact, predicts)(x, t), CHAIN, predicts, dtype=torch.float64
+    )
+    draws = torch.randn(19, 5, 3, dtype=torch.float64)
+    ends = []
+    for denoiser in (exact, told):
+        replay = partial(lambda pile, x: next(pile), iter(draws))
+        ends.append(ddpm.ancestral(denoiser, start, chain_times(20), noise=replay))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("process", [VP(), CHAIN], ids=["VP", "Discrete"])
+def test_the_step_to_the_data_is_the_one_without_noise(process, law):
+    """A last time 0 adds nothing: x0_hat, or the decoder, is that step."""
+    exact, x = law.denoiser(process), law.sample(4)
+    results = []
+    for times in ([1.0, 0.5, 0.1], [1.0, 0.5, 0.1, 0.0]):
+        generator = torch.Generator().manual_seed(2)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        state = ddpm.ancestral(exact, x, times, noise=lambda like, draw=draw: draw(like.shape))
+        bound = ddpm.variational_bound(exact, x, times, generator=generator)
+        results.append((state, *bound))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][2].shape == (4, 2)
 
 
 def test_an_integer_state_is_refused(law):
@@ -501,13 +543,6 @@ def test_bits():
 LEVELS = torch.linspace(-1, 1, 17)
 
 
-@pytest.mark.parametrize("process", [VP(), CHAIN], ids=["VP", "Discrete"])
-def test_the_bound_ends_at_a_noisy_time(process):
-    model = Denoiser(lambda x, t: 0 * x, process)
-    with pytest.raises(ValueError, match="end at a noisy one"):
-        ddpm.variational_bound(model, torch.zeros(2, 3), torch.linspace(1, 0, 11))
-
-
 @pytest.mark.parametrize(
     "changes, error, match",
     [
@@ -523,6 +558,8 @@ def test_the_bound_ends_at_a_noisy_time(process):
         (dict(levels=torch.tensor([1.0])), ValueError, r"levels .* got \[1.0\]"),
         (dict(levels=[1.0, 0.0]), ValueError, "levels must be two or more increasing"),
         (dict(denoiser=torch.nn.Identity()), TypeError, "Denoiser.*got Identity"),
+        (dict(times=[0.5, 0.5]), ValueError, "decrease .* got 0.5 after 0.5"),
+        (dict(times=[0.0]), ValueError, "sigma > 0"),
     ],
 )
 def test_the_bound_refuses(changes, error, match):

@@ -18,9 +18,9 @@ from conftest import ABSOLUTE, ROOT, code_lines
 pytestmark = pytest.mark.development
 
 # Exported imports point up this list; but for (module, imported, inside which function).
-STORY = """checks mixtures processes denoisers ddpm ncsn sde samplers likelihood data networks
-training metrics pretrained ddim exponential edm adaptive guidance inverse editing representations
-plots cli""".split()
+STORY = """checks mixtures processes denoisers stepping ddpm ncsn sde samplers likelihood data
+networks training metrics pretrained ddim exponential edm adaptive guidance inverse editing
+representations plots cli""".split()
 DOWNWARD = {("mixtures", "denoisers", "denoiser")}
 LAZY = {"matplotlib", "scipy", "sklearn", "sympy", "PIL", "accelerate", "huggingface_hub"}
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|-index[-]url", re.I)

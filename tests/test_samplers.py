@@ -9,11 +9,12 @@ import torch
 from torch import tanh
 
 from diffnotes import processes, samplers
-from diffnotes.denoisers import Denoiser, convert, from_x0_eps
+from diffnotes.denoisers import Denoiser, convert, from_x0_eps, guided
 from diffnotes.mixtures import Empirical, Gaussian, GaussianMixture
 from diffnotes.processes import EDM, VE, VP, Cosine, Discrete, Flow, SubVP
 from diffnotes.samplers import (
     SAMPLERS,
+    as_process,
     as_times,
     euler,
     heun,
@@ -35,9 +36,10 @@ PROCESSES = [
     Discrete(processes.cosine_betas(1000)),
 ]
 NAMES = ["VP", "SubVP", "VE", "EDM", "Cosine", "Flow", "linear", "cosine"]
-BUILT_IN = ["euler", "heun", "ancestral"]
+EXACT = ["euler", "heun", "ancestral"]  # where x0_hat stands still
 each_process = pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
-each_sampler = pytest.mark.parametrize("name", BUILT_IN)
+each_sampler = pytest.mark.parametrize("name", list(SAMPLERS))
+each_exact_sampler = pytest.mark.parametrize("name", EXACT)
 
 
 def pointwise(process=None, predicts="x0", shape=(2,), **options):
@@ -55,7 +57,7 @@ def mixture():
 
 
 @each_process
-@each_sampler
+@each_exact_sampler
 @pytest.mark.parametrize("steps", range(1, 6))
 def test_a_single_point_is_reached_exactly(process, name, steps):
     point = torch.tensor([[1.5, -0.5]], dtype=torch.float64)
@@ -64,7 +66,7 @@ def test_a_single_point_is_reached_exactly(process, name, steps):
 
 
 @each_process
-@each_sampler
+@each_exact_sampler
 @pytest.mark.parametrize("predicts", ["eps", "v", "score", "velocity", "edm"])
 def test_every_coordinate_reaches_a_single_point(process, name, predicts):
     point, sigma_data = torch.tensor([1.5, -0.5], dtype=torch.float64), 0.5
@@ -137,11 +139,11 @@ def test_order(process, sampler, least, most):
     assert least < math.log2(errors[0] / errors[1]) < most
 
 
-def test_the_three_differ(mixture):
+def test_no_two_are_the_same(mixture):
     """Two samplers that differ must differ: guards against one registered twice."""
     denoiser = mixture.denoiser(VP())
-    ends = {name: sample(denoiser, 8, sampler=name, steps=9, seed=0) for name in BUILT_IN}
-    for one, other in itertools.combinations(BUILT_IN, 2):
+    ends = {name: sample(denoiser, 8, sampler=name, steps=9, seed=0) for name in SAMPLERS}
+    for one, other in itertools.combinations(SAMPLERS, 2):
         assert (ends[one] - ends[other]).abs().max() > 1e-3
 
 
@@ -197,70 +199,6 @@ def test_the_law_comes_out(process, mixture):
     torch.testing.assert_close(found.T.cov(), mixture.cov, rtol=0.1, atol=0.03)
 
 
-# --- Grids and times ----------------------------------------------------------
-
-
-@each_process
-@pytest.mark.parametrize("kind", ["log_snr", "t"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 18, 50, 333, 1000])
-def test_grids(process, kind, steps):
-    times = time_grid(process, steps, kind)
-    assert times.shape == (steps,) and times.dtype == torch.float64 and times.device.type == "cpu"
-    assert times[0] == process.t_max and (times.diff() < 0).all()
-    assert steps == 1 or times[-1] == process.t_min
-    assert (process.sigma(times) > 0).all() and (process.alpha(times) > 0).all()
-    if isinstance(process, Discrete):
-        k = times * process.n_steps
-        assert ((k - k.round()).abs() < 1e-9).all()
-
-
-@pytest.mark.parametrize("n_steps", [1, 2, 5, 17])
-def test_a_chain_has_room_for_all_its_points_and_no_more(n_steps):
-    chain = Discrete(torch.full((n_steps,), 0.3, dtype=torch.float64))
-    for steps, kind in itertools.product(range(1, n_steps + 1), ("log_snr", "t")):
-        k = time_grid(chain, steps, kind) * n_steps
-        assert len(set(k.round().tolist())) == steps and k[0] == n_steps
-    with pytest.raises(ValueError, match=f"at most.* {n_steps}, got {n_steps + 1}"):
-        time_grid(chain, n_steps + 1)
-    assert sample(Empirical(torch.ones(1, 2)).denoiser(chain), 2, sampler="ancestral").eq(1).all()
-
-
-@pytest.mark.parametrize(
-    "times,message",
-    [
-        ([], "N >= 1"),
-        ([[1.0, 0.5]], "N >= 1"),
-        (0.5, "N >= 1"),
-        ([1.1, 0.5], r"\[0, 1\], got 1.1"),
-        ([0.5, -0.1], r"\[0, 1\], got -0.1"),
-        ([1.0, math.nan, 0.2], r"\[0, 1\], got nan"),
-        ([0.5, 0.5], "got 0.5 after 0.5"),
-        ([0.2, 0.9], "got 0.9 after 0.2"),
-        ([0.0], "sigma > 0"),
-        ([1.0, 0.5, 0.7, 0.1], "got 0.7 after 0.5"),
-    ],
-)
-def test_senseless_times(times, message):
-    with pytest.raises(ValueError, match=message):
-        as_times(VP(), times)
-    with pytest.raises(ValueError, match=message):
-        sample(pointwise(), 2, times=times)
-
-
-def test_complex_times():
-    for times in ([0.5 + 0.2j, 0.1], torch.tensor([0.5 + 0.2j, 0.1])):
-        with pytest.raises(TypeError, match="times must be real"):
-            as_times(VP(), times)
-
-
-def test_a_last_time_without_noise_is_dropped():
-    assert as_times(VP(), [1.0, 0.5, 0.0]).tolist() == [1.0, 0.5]
-    assert as_times(VE(), [1.0, 0.0]).tolist() == [1.0, 0.0]
-    assert as_times(VP(), torch.tensor([1.0, 0.5])).dtype == torch.float64
-    with_end, without = (sample(pointwise(), 4, times=t, seed=0) for t in ([1, 0.5, 0], [1, 0.5]))
-    assert torch.equal(with_end, without)
-
-
 @pytest.mark.parametrize("process", [Cosine(), Flow()], ids=["Cosine", "Flow"])
 @pytest.mark.parametrize("sampler", [euler, heun])
 def test_from_where_alpha_is_zero(process, sampler, mixture):
@@ -287,7 +225,8 @@ def test_nfe_is_what_is_spent(name, steps):
     calls = []
     denoiser = Denoiser(lambda x, t: calls.append(len(x)) or x * 0, VP(), "x0", (2,))
     sample(denoiser, 4, sampler=name, steps=steps)
-    assert len(calls) == nfe(name, steps) == {"heun": 2 * steps - 1}.get(name, steps)
+    known = {"heun": 2 * steps - 1, "pc": 2 * steps - 1, "annealed_langevin": 5 * steps + 1}
+    assert len(calls) == nfe(name, steps) == known.get(name, steps)
     calls.clear()
     sample(denoiser, 4, sampler=name, steps=steps, batch_size=3)
     assert calls.count(3) == calls.count(1) == nfe(name, steps)
@@ -335,11 +274,13 @@ def test_callback(name, mixture):
     denoiser = mixture.denoiser(VP())
     run = partial(sample, denoiser, 5, sampler=name, steps=4, seed=0, batch_size=3)
     found = run(callback=lambda *args: seen.append(args))
-    assert [i for i, *_ in seen] == [0, 1, 2, 3] * 2
-    assert [t for _, t, *_ in seen[:4]] == time_grid(VP(), 4, SAMPLERS[name].grid).tolist()
+    visits = len(seen) // 2
+    assert [i for i, *_ in seen] == list(range(visits)) * 2
+    grid = time_grid(VP(), 4, SAMPLERS[name].grid).tolist()
+    assert list(dict.fromkeys(t for _, t, *_ in seen[:visits])) == grid
     for _, t, x_t, x0_hat in seen:
         torch.testing.assert_close(x0_hat, denoiser(x_t, t), rtol=1e-12, atol=1e-12)
-    assert torch.equal(torch.cat([seen[3][3], seen[7][3]]), found)
+    assert torch.equal(torch.cat([seen[visits - 1][3], seen[-1][3]]), found)
     assert torch.equal(found, run())
 
 
@@ -374,7 +315,7 @@ def test_progress(capsys, monkeypatch):
 @each_sampler
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 16, 16)])
 def test_a_sample_belongs_to_its_number(name, shape):
-    denoiser = pointwise(shape=shape)
+    denoiser = Denoiser(lambda x, t: torch.tanh(x) + x / 1000, VP(), "x0", shape)
     run = partial(sample, denoiser, sampler=name, steps=4, seed=11)
     many = run(150)
     assert many.shape == (150, *shape)
@@ -569,7 +510,7 @@ def test_conditional_laws(mixture):
         ({"n": 2, "steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"n": 2, "steps": 2.5}, TypeError, "steps must be an int"),
         ({"n": 2, "steps": 3, "times": [1.0, 0.5]}, ValueError, "steps or times"),
-        ({"n": 2, "sampler": "heum"}, ValueError, "'euler', 'heun', 'ancestral'.*'heum'"),
+        ({"n": 2, "sampler": "heum"}, ValueError, "'euler', 'heun'.*'heum'"),
         ({"n": 2, "sampler": None}, ValueError, "None"),
         ({"n": 2, "seed": 0, "generator": torch.Generator()}, ValueError, "not both"),
         ({"n": 2, "seed": -1}, ValueError, "got -1"),
@@ -640,11 +581,106 @@ def test_samplers_refuse_by_themselves(sampler):
         sampler(pointwise(), torch.ones(3, 5), [0.5, 0.2])
 
 
+# --- A denoiser of another process --------------------------------------------
+
+#: A time that every process can tell to every other.
+MIDDLE = {"VP": 0.4, "SubVP": 0.4, "VE": 0.5, "EDM": 0.5, "Cosine": 0.5, "Flow": 0.5,
+          "linear": 0.4, "cosine": 0.5}
+each_pair = pytest.mark.parametrize("here,there", list(itertools.product(NAMES, repeat=2)))
+
+
+def of_name(name):
+    return PROCESSES[NAMES.index(name)]
+
+
+@each_pair
+def test_an_exact_denoiser_moves_exactly(here, there, mixture):
+    x, target = torch.randn(6, 2, dtype=torch.float64), of_name(there)
+    for inner in (mixture.denoiser(of_name(here)),
+                  Denoiser(mixture.denoiser(of_name(here)).eps, of_name(here), "eps", (2,)),
+                  Denoiser(mixture.denoiser(of_name(here)).v, of_name(here), "v", (2,))):
+        moved, wanted = as_process(inner, target), mixture.denoiser(target)
+        assert moved.process is target and moved.shape == (2,)
+        for t in (MIDDLE[there], torch.full((6,), MIDDLE[there], dtype=torch.float64)):
+            torch.testing.assert_close(moved(x, t), wanted(x, t), rtol=0, atol=1e-8)
+            torch.testing.assert_close(moved.eps(x, t), wanted.eps(x, t), rtol=0, atol=1e-8)
+        back = as_process(moved, of_name(here))
+        found, wanted = (d(x, MIDDLE[here]) for d in (back, inner))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8)
+
+
+def test_both_ends_of_time_move(mixture):
+    x = torch.randn(6, 2, dtype=torch.float64)
+    for here, there in itertools.permutations((Cosine(), Flow()), 2):
+        moved = as_process(mixture.denoiser(here), there)
+        for t in (0.0, 1.0):
+            expected = mixture.denoiser(there)(x, t)
+            torch.testing.assert_close(moved(x, t), expected, rtol=0, atol=1e-9)
+
+
+def test_a_moved_network_is_the_same_network():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.seen = torch.nn.Linear(2, 2), []
+
+        def forward(self, x, t, cond=None):
+            self.seen.append((t.dtype, t[0].item(), cond, self.training))
+            return self.inner(x)
+
+    net = Net()
+    moved = as_process(Denoiser(net, VP(), "v", (2,)), VE())
+    assert list(moved.parameters()) == list(net.parameters()) and moved.dtype == torch.float32
+    moved(torch.randn(3, 2), 0.5, 4)
+    own = VP().t_of_log_snr(VE().log_snr(0.5)).item()
+    dtype, t, cond, training = net.seen.pop()
+    assert dtype == torch.float32 and t == pytest.approx(own, rel=1e-5) and training
+    assert cond.tolist() == [4, 4, 4]
+    sample(moved, 3, steps=2, seed=0)
+    assert not any(training for *_, training in net.seen) and net.training
+    moved(torch.randn(3, 2), 0.5).sum().backward()
+    assert net.inner.weight.grad.abs().sum() > 0
+    moved.to(torch.float64)
+    assert net.inner.weight.dtype == torch.float64 and moved.dtype == torch.float64
+
+
+def test_guidance_before_and_after_a_move(mixture):
+    x, inner = torch.randn(4, 2, dtype=torch.float64), mixture.denoiser(VP())
+    wanted = guided(mixture.denoiser(EDM()), 2.5)(x, 0.5, 1)
+    for found in (guided(as_process(inner, EDM()), 2.5), as_process(guided(inner, 2.5), EDM())):
+        torch.testing.assert_close(found(x, 0.5, 1), wanted, rtol=0, atol=1e-8)
+
+
+def test_a_batched_null_label_moves_too():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t, cond=None):
+            return x * 0 + self.scale * cond[:, None].clamp(min=0)
+
+    moved = as_process(Denoiser(Net(), VP(), "x0", (2,)), VE())
+    assert guided(moved, 3.0)(torch.randn(4, 2), 0.5, 2).eq(6).all()
+
+
+def test_what_cannot_move():
+    for other in (torch.nn.Linear(2, 2), lambda x, t: x, None):
+        with pytest.raises(TypeError, match="needs a Denoiser"):
+            as_process(other, VE())
+    with pytest.raises(TypeError, match="must be an instance"):
+        as_process(pointwise(), VE)
+    with pytest.raises(ValueError, match="log_snr"):
+        as_process(pointwise(VE()), VP())(torch.randn(2, 2), 1.0)
+    with pytest.raises(TypeError, match="cond"):
+        as_process(pointwise(), VE())(torch.randn(2, 2), 0.5, 1)
+
+
 # --- The registry -------------------------------------------------------------
 
 
 def test_a_sampler_of_ones_own(monkeypatch):
-    monkeypatch.setattr(samplers, "SAMPLERS", dict(SAMPLERS))
+    monkeypatch.setitem(SAMPLERS, "mine", None)
 
     @register("mine", steps=3, grid="t", evaluations=lambda n: 0)
     def mine(denoiser, x_T, times, *, cond=None, noise=None, callback=None):
@@ -663,6 +699,18 @@ def test_a_partial_sampler_keeps_its_grid():
     seen = []
     sample(pointwise(), 2, sampler=small, steps=3, callback=lambda i, t, *_: seen.append(t))
     assert seen == time_grid(VP(), 3, "t").tolist()
+
+
+def test_a_partial_sampler_costs_what_its_options_make_it_cost(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "busy", None)
+
+    @register("busy", steps=4, grid="t", evaluations=lambda n, twice=False: n * (1 + twice))
+    def busy(denoiser, x_T, times, *, cond=None, noise=None, callback=None, twice=False, other=0):
+        return x_T
+
+    assert (nfe("busy"), nfe(busy), nfe(partial(busy, other=3))) == (4, 4, 4)
+    assert nfe(partial(busy, twice=True)) == 8 and nfe(partial(partial(busy, twice=True)), 3) == 6
+    assert nfe(partial(lambda *_, **__: None, twice=True), 5) == 5
 
 
 def test_the_denoiser_is_left_as_it_was():

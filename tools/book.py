@@ -1,9 +1,11 @@
-"""Sphinx extension of the book: hides directives, repairs scripts, links the repository."""
+"""Sphinx extension of the book: hides directives, numbers chapters, repairs scripts, links."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
 from docutils import nodes
+from sphinx_external_toc.collectors import TocTreeCollectorWithStyles as Collector
 
 ROOT = Path(__file__).resolve().parent.parent
 NAVBAR = ("navbar_start", "navbar_center", "navbar_end", "navbar_persistent")
@@ -16,6 +18,25 @@ def strip_directives(app, doctree):
         if any(line.startswith("#|") for line in lines):
             block.rawsource = "\n".join(x for x in lines if not x.startswith("#|"))
             block.children = [nodes.Text(block.rawsource)]
+
+
+def number_by_file(app):
+    """Number chapters as their files: 10_ddpm is chapter 10, its first equation (10.1)."""
+    assign = Collector.assign_section_numbers
+
+    def assign_by_file(self, env):
+        changed = assign(self, env)
+        for name, numbers in env.toc_secnumbers.items():
+            if not (match := re.match(r"(\d\d)_", name)):
+                continue
+            chapter = int(match[1])
+            env.toc_secnumbers[name] = {k: n and (chapter, *n[1:]) for k, n in numbers.items()}
+            for node in [env.titles[name], *env.tocs[name].findall(nodes.reference)]:
+                if node.get("secnumber"):
+                    node["secnumber"] = [chapter, *node["secnumber"][1:]]
+        return changed
+
+    Collector.assign_section_numbers = assign_by_file
 
 
 def drop_repeated_scripts(app, pagename, templatename, context, doctree):
@@ -52,6 +73,7 @@ def theme_options(app, config):
 
 
 def setup(app):
+    app.connect("builder-inited", number_by_file)
     app.connect("doctree-read", strip_directives)
     app.connect("html-page-context", drop_repeated_scripts, priority=990)
     app.connect("config-inited", theme_options, priority=1)

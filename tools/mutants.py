@@ -6,6 +6,10 @@ Each mutant runs the code cells of its notebook, in order, in a new process. It 
 cell fails or time runs out; it survives when every cell passes. The broken code stands both in the
 notebook's cell and in the copy of the package that other modules import. Cells tagged `train` are
 left out, and so are the cells that cannot do without them.
+
+What is no formula is not broken: annotations, messages, True and False, dataclass fields, and the
+head of an `if` or a `for` that does nothing but raise (refusals are for tests/ to try). A mutant
+that no check can notice is named in equivalent_mutants.txt, with the reason.
 """
 
 import __future__
@@ -24,30 +28,43 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
-from collections import Counter, namedtuple
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "diffnotes"
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 PRELOADED = ["torch", "numpy", "scipy.stats", "sympy", "matplotlib.pyplot", "pytest"]
 FAULT = 3
 OUTCOMES = {0: "survived", 1: "caught by a check", 2: "caught by an error"}
-OUTCOMES[-signal.SIGALRM] = "caught by the clock"
+OUTCOMES |= dict.fromkeys([-signal.SIGXCPU, -signal.SIGALRM], "caught by the clock")
+SURVIVED = OUTCOMES[0]
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 OPERATORS |= {ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 OPERATORS |= {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt}
 OPERATORS |= {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
 DROPPED = {"sqrt", "rsqrt", "square", "exp", "expm1", "log", "log1p", "abs", "neg", "cumprod"}
-UNORDERED = {"isinstance", "minimum", "maximum", "min", "max", "zip", "promote_types"}
+UNORDERED = {"isinstance", "minimum", "maximum", "min", "max", "zip"}
+UNORDERED |= {"promote_types", "result_type"}
 NO_ARITHMETIC = ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom
 DECLARATIONS = {"annotation", "returns", "decorator_list", "bases"}
 
 
-Mutant = namedtuple("Mutant", "cell line old new source")  # source: the whole cell, changed
+@dataclass(frozen=True)
+class Mutant:
+    cell: int
+    line: int
+    text: str  # of the line
+    old: str
+    new: str
+    source: str  # of the whole cell, changed
+
+    @property
+    def key(self):
+        return self.text, f"{self.old} -> {self.new}"
 
 
 def variants(node):
@@ -63,9 +80,7 @@ def variants(node):
             yield changed(ops=[OPERATORS[type(op)]()])
         case ast.UnaryOp(op=ast.USub() | ast.Not()):
             yield node.operand
-        case ast.Constant(value=bool(value)):
-            yield changed(value=not value)
-        case ast.Constant(value=int(value)):
+        case ast.Constant(value=int(value)) if value is not True and value is not False:
             yield changed(value=value + 1)
         case ast.Constant(value=float(value)) if value == 0 or abs(value) > 1e-6:
             yield changed(value=1.1 * value or 1.0)
@@ -79,9 +94,19 @@ def variants(node):
                 yield changed(args=[arguments[1], arguments[0], *arguments[2:]])
 
 
+def idle(node):
+    """True of what holds no formula: a refusal with its condition, a message, a field."""
+    match node:
+        case ast.If(body=[ast.Raise()], orelse=[]) | ast.For(body=[ast.Raise()], orelse=[]):
+            return True
+        case ast.Call(func=ast.Name(id="field")):
+            return True
+    return isinstance(node, NO_ARITHMETIC)
+
+
 def nodes(node):
-    """Yields the nodes that compute: no annotations, messages or decorators."""
-    if isinstance(node, NO_ARITHMETIC):
+    """Yields the nodes that compute."""
+    if idle(node):
         return
     yield node
     for name, field in ast.iter_fields(node):
@@ -105,7 +130,8 @@ def mutants(number, source):
             text = ast.unparse(new)
             changed = splice(source, node, f"({text})" if isinstance(new, ast.expr) else text)
             old = " ".join(ast.get_source_segment(source, node).split())
-            yield Mutant(number, node.lineno, old, text, changed)
+            line = source.splitlines()[node.lineno - 1].strip()
+            yield Mutant(number, node.lineno, line, old, text, changed)
 
 
 @dataclass(frozen=True)
@@ -158,13 +184,14 @@ class Notebook:
                 yield number, error
 
 
-def start(notebook, scratch, skipped, mutant=None, limit=0, report=None):
+def start(notebook, scratch, skipped, mutant=None, limit=600, report=None):
     """Forks a process that runs the notebook; its exit status is a key of OUTCOMES."""
     if child := os.fork():
         return child
     status = FAULT
     try:
-        signal.alarm(limit)
+        signal.alarm(20 * limit)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         folder = tempfile.tempdir = tempfile.mkdtemp(dir=scratch)
         notebook.package_copy(folder, mutant)
@@ -193,12 +220,17 @@ def finish(running):
     return running.pop(pid), OUTCOMES.get(code, OUTCOMES[2])
 
 
+def processor_seconds():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def baseline(notebook, scratch):
-    """Runs the unbroken notebook; returns (cells to leave out, seconds)."""
+    """Runs the unbroken notebook; returns (cells to leave out, seconds of the processor)."""
     skipped = {n for n, c in notebook.cells.items() if "train" in c["metadata"].get("tags", [])}
     first = min(skipped, default=math.inf)
     while True:
-        began = time.monotonic()
+        began = processor_seconds()
         with tempfile.TemporaryFile("w+") as report:
             _, outcome = finish({start(notebook, scratch, skipped, report=report): None})
             report.seek(0)
@@ -207,13 +239,29 @@ def baseline(notebook, scratch):
         if early or outcome != OUTCOMES[0]:
             sys.exit(f"{notebook.path.name} fails without any break: {early or outcome}")
         if not failed:
-            return skipped, time.monotonic() - began
+            return skipped, processor_seconds() - began
         skipped |= set(failed)
 
 
+def equivalent(notebook, every):
+    """The notebook's named mutants, key -> reason; each name must fit one mutant."""
+    blocks = re.split(r"\n{2,}", EQUIVALENT.read_text(encoding="utf8").strip())[1:]
+    named = {}
+    for block in blocks:
+        place, change, reason = block.split("\n", 2)
+        module, _, text = place.partition(": ")
+        if module == notebook.module:
+            named[text, change] = " ".join(reason.split())
+    fits = Counter(mutant.key for mutant in every)
+    if wrong := [key for key in named if fits[key] != 1]:
+        sys.exit(f"{EQUIVALENT.name}: names that do not fit one mutant: {wrong}")
+    return named
+
+
 def survey(notebook, count, seed, jobs):
-    """Runs a sample of the notebook's mutants and prints those that survive, then the tally."""
+    """Runs a sample of the notebook's mutants, prints those that survive, returns the tally."""
     every = notebook.mutants()
+    named = equivalent(notebook, every)
     chosen = random.Random(seed).sample(every, min(count, len(every)))
     chosen.sort(key=lambda mutant: (mutant.cell, mutant.line))
     with tempfile.TemporaryDirectory() as scratch:
@@ -225,11 +273,23 @@ def survey(notebook, count, seed, jobs):
             while len(running) < jobs and (mutant := next(queue, None)):
                 running[start(notebook, scratch, skipped, mutant, limit)] = mutant
             mutant, outcome = finish(running)
-            outcomes[outcome] += 1
-            if outcome == OUTCOMES[0]:
+            if outcome == SURVIVED:
+                if reason := named.get(mutant.key):
+                    outcome = "equivalent"
                 place = f"cell {mutant.cell} line {mutant.line}"
-                print(f"  {place}:  {mutant.old}  ->  {mutant.new}", flush=True)
+                note = f"  (equivalent: {reason})" if reason else ""
+                print(f"  {place}:  {mutant.old}  ->  {mutant.new}{note}", flush=True)
+            outcomes[outcome] += 1
     print("  " + ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common()), flush=True)
+    return outcomes
+
+
+def verdict(name, outcomes):
+    """A line of the closing table: how many were caught, with and without the equivalent ones."""
+    total, same = outcomes.total(), outcomes["equivalent"]
+    caught = total - same - outcomes[SURVIVED]
+    line = f"{name:16} {caught} of {total} caught, {caught / total:.1%}"
+    return line + (f"; {caught / (total - same):.1%} without {same} equivalent" if same else "")
 
 
 def main():
@@ -242,9 +302,11 @@ def main():
     os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", MPLBACKEND="Agg")
     for name in PRELOADED:  # only imports: a process that has computed with threads must not fork
         importlib.import_module(name)
+    tallies = {}
     for path in options.notebooks or sorted((ROOT / "nbs").glob("*.ipynb")):
         if (notebook := Notebook.read(path.resolve())).module:
-            survey(notebook, options.n, options.seed, options.jobs)
+            tallies[path.stem] = survey(notebook, options.n, options.seed, options.jobs)
+    print(*(verdict(*tally) for tally in tallies.items()), sep="\n")
 
 
 if __name__ == "__main__":
