@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['check', 'check_mc', 'check_symbolic', 'require_floating', 'require_choice', 'require_positive_int', 'require_time',
-           'require_shape', 'expand']
+__all__ = ['check', 'check_mc', 'check_symbolic', 'require_floating', 'require_finite', 'require_choice', 'require_positive_int',
+           'require_time', 'require_shape', 'expand']
 
 # %% ../nbs/00_checks.ipynb #32e39e67
 def _tensor(value: Any) -> Tensor:
@@ -149,6 +149,25 @@ def require_floating(name: str, x: Any) -> Tensor:
         raise TypeError(f"{name} must be a floating-point tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got dtype {x.dtype}")
+    return x
+
+# %% ../nbs/00_checks.ipynb #908e3b9e
+def require_finite(name: str, x: Any) -> Tensor:
+    """Returns x if it is a floating-point tensor without NaN and infinity.
+
+    Args:
+        name: the argument's name, for the message.
+        x: the value to look at; trusted when it is on an accelerator, as a look would synchronise.
+
+    Returns:
+        ``x`` unchanged.
+
+    Raises:
+        TypeError: ``x`` is no floating-point tensor.
+        ValueError: ``x``, on a CPU, has an entry that is not finite.
+    """
+    if require_floating(name, x).device.type == "cpu" and not x.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
     return x
 
 # %% ../nbs/00_checks.ipynb #36e92dff

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
-from .checks import expand, require_choice, require_floating
+from .checks import expand, require_choice, require_finite
 from .denoisers import Denoiser, posterior
 from .processes import Process
 from .stepping import as_times, register, walk
@@ -181,13 +181,6 @@ def decoder_log_prob(x0: Tensor, mean: Tensor, var: Tensor,
     return terms[..., None].flatten(1).sum(1)
 
 # %% ../nbs/10_ddpm.ipynb #45662fe9
-def _require_finite(name: str, x: Tensor) -> Tensor:
-    """x, a floating-point tensor without infinity or NaN; trusted on an accelerator."""
-    if require_floating(name, x).device.type == "cpu" and not x.isfinite().all():
-        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
-    return x
-
-
 def _levels(levels: Sequence[float] | Tensor) -> Tensor:
     """The levels as a tensor, two or more increasing numbers."""
     levels = torch.as_tensor(levels)
@@ -253,8 +246,8 @@ def variational_bound(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | T
     """
     process = _process(denoiser)
     times = as_times(process, times)
-    levels = None if levels is None else _levels(levels).to(_require_finite("x0", x0))
-    steps = [_require_finite("x0", x0).new_zeros(len(x0), 0)]
+    levels = None if levels is None else _levels(levels).to(require_finite("x0", x0))
+    steps = [require_finite("x0", x0).new_zeros(len(x0), 0)]
     variances = _variances(times, process, variance)
     if not (variances > 0).all():
         raise ValueError(f"variance must be > 0 at every step, got {variances.min():g}")

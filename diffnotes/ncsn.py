@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.special import ndtr
 
-from .checks import expand, require_floating, require_positive_int
+from .checks import expand, require_finite, require_floating, require_positive_int
 from .denoisers import Denoiser
 from .processes import VE, Process
 from .stepping import as_times, register, walk
@@ -48,13 +48,6 @@ def score_of(log_density: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.grad(value, x, torch.ones_like(value))[0]
 
 # %% ../nbs/11_ncsn.ipynb #a3c5e7f1
-def _require_state(name: str, x: Tensor) -> Tensor:
-    """x, a floating-point tensor without infinity or NaN; trusted on an accelerator."""
-    if require_floating(name, x).device.type == "cpu" and not x.isfinite().all():
-        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
-    return x
-
-
 def _require_between(name: str, value: float, low: float, high: float) -> float:
     """The value as a float, strictly between two numbers."""
     if isinstance(value, str) or value is None:
@@ -96,7 +89,7 @@ def langevin(score: Callable[[Tensor], Tensor], x: Tensor, step: float, n_steps:
         Song and Ermon (2019), equation 4; eq-n02-langevin.
     """
     step = _require_between("step", step, 0, math.inf)
-    draw, dtype = noise or torch.randn_like, _require_state("x", x).dtype
+    draw, dtype = noise or torch.randn_like, require_finite("x", x).dtype
     x = x.to(torch.promote_types(dtype, torch.float32))
     for i in range(1, require_positive_int("n_steps", n_steps) + 1):
         slope = _same_shape("score(x)", score(x), x)
@@ -153,7 +146,7 @@ def _squared_norm(x: Tensor) -> Tensor:
 
 def _tracked(score: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """x as a leaf, and the score there, on its graph even where it does not depend on x."""
-    x = _require_state("x", x).detach().requires_grad_()
+    x = require_finite("x", x).detach().requires_grad_()
     return x, _same_shape("score(x)", score(x), x).add(x, alpha=0)
 
 
@@ -177,7 +170,7 @@ def explicit_score_matching(score: Callable[[Tensor], Tensor], x: Tensor,
     Reference:
         Hyvärinen (2005), section 2; eq-n03-matching.
     """
-    value = _same_shape("score(x)", score(_require_state("x", x)), x)
+    value = _same_shape("score(x)", score(require_finite("x", x)), x)
     return _squared_norm(value - _same_shape("target", target, x))
 
 # %% ../nbs/11_ncsn.ipynb #fe213b30
@@ -543,7 +536,7 @@ def max_distance(data: Tensor) -> float:
     Reference:
         Song and Ermon (2020), technique 1; eq-n09-choices.
     """
-    if _require_state("data", data).ndim < 2 or not len(data):
+    if require_finite("data", data).ndim < 2 or not len(data):
         raise ValueError(f"data must have shape (n, ...) with n > 0, got {tuple(data.shape)}")
     flat = data.flatten(1).to(torch.promote_types(data.dtype, torch.float32))
     return max(torch.cdist(rows, flat).max().item() for rows in flat.split(1024))

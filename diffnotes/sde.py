@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from .checks import expand, require_choice, require_floating
+from .checks import expand, require_choice, require_finite, require_floating
 from .denoisers import Denoiser
 from .processes import Process
 from .stepping import (
@@ -23,13 +23,6 @@ __all__ = ['simulate', 'reverse_drift', 'score_loss', 'reverse_sde_coefficients'
            'reverse_diffusion_coefficients', 'reverse_diffusion', 'snr_step', 'predictor_corrector', 'conditioned']
 
 # %% ../nbs/12_sde.ipynb #aec151a8
-def _require_finite(name: str, x: Tensor) -> Tensor:
-    """x, a floating-point tensor without infinity or NaN; trusted on an accelerator."""
-    if require_floating(name, x).device.type == "cpu" and not x.isfinite().all():
-        raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
-    return x
-
-
 def _monotone(times: Sequence[float] | Tensor) -> list[float]:
     """The times as Python floats that strictly increase or strictly decrease."""
     times = _in_range(times)
@@ -56,17 +49,22 @@ def simulate(drift: Callable, diffusion: Callable, x: Tensor, times: Sequence[fl
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor.
-        ValueError: ``times`` is not as described, or ``x``, on a CPU, is not finite.
+        ValueError: ``times`` is not as described, ``x``, on a CPU, or the diffusion is not finite,
+            or drift or noise has another shape than ``x``.
 
     Reference:
         Kloeden and Platen (1992), section 10.2; eq-sde-step.
     """
     times, draw = _monotone(times), torch.randn_like if noise is None else noise
-    path = [_require_finite("x", x).to(torch.promote_types(x.dtype, torch.float32))]
+    path = [require_finite("x", x).to(torch.promote_types(x.dtype, torch.float32))]
     for t, u in zip(times[:-1], times[1:], strict=True):
-        now = path[-1]
-        kick = diffusion(t) * math.sqrt(abs(u - t)) * draw(now)
-        path.append(now + drift(now, t) * (u - t) + kick)
+        now, g = path[-1], diffusion(t)
+        if not math.isfinite(g):
+            raise ValueError(f"diffusion must be finite, got {g:g} at t = {t:g}")
+        path.append(now + drift(now, t) * (u - t) + g * math.sqrt(abs(u - t)) * draw(now))
+        if path[-1].shape != now.shape:
+            raise ValueError(f"drift and noise must have the shape of x, {tuple(now.shape)}; "
+                             f"they make {tuple(path[-1].shape)}")
     return torch.stack(path).to(x.dtype)
 
 # %% ../nbs/12_sde.ipynb #7d160d33
@@ -147,8 +145,8 @@ def score_loss(denoiser: Denoiser, x0: Tensor, t: float | Tensor, eps: Tensor,
 
     Raises:
         TypeError: a bare network, or ``x0`` or ``eps`` is not a floating-point tensor.
-        ValueError: an unknown weight, t outside [0, 1], shapes that disagree, or a noise that has
-            no finite value at t.
+        ValueError: an unknown weight, t outside [0, 1], shapes that disagree, or a weight or noise
+            that has no finite value at t.
 
     Reference:
         Song et al. (2021), equation 7; Song, Durkan et al. (2021), theorem 1; eq-s08-objective.
@@ -158,7 +156,10 @@ def score_loss(denoiser: Denoiser, x0: Tensor, t: float | Tensor, eps: Tensor,
     error = denoiser.eps(process.perturb(x0, t, eps), t, cond) - eps
     loss = error.square()[..., None].flatten(1).sum(1)
     if weight == "likelihood":
-        loss = loss * ((process.diffusion(t) / process.sigma(t)) ** 2 / 2).to(loss)
+        omega = (process.diffusion(t) / process.sigma(t)) ** 2 / 2
+        if omega.device.type == "cpu" and not omega.isfinite().all():
+            raise ValueError(f"the likelihood weight of {process} is infinite at t = {t}")
+        loss = loss * omega.to(loss)
     return loss
 
 # %% ../nbs/12_sde.ipynb #04b11450
@@ -326,9 +327,9 @@ def reverse_diffusion(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | 
 def snr_step(score: Tensor, z: Tensor, sigma: float, snr: float = 0.16) -> Tensor:
     """Returns Langevin steps min(4 (snr norm(z) / norm(score))^2, sigma^2), one for each sample.
 
-    The step is the one of x + step / 2 score + sqrt(step) z. The bound is a
-    quarter of the least that could be unstable. It is met in few dimensions, where a score may
-    happen to vanish, and by data that are wide and smooth beside sigma.
+    The step is the one of x + step / 2 score + sqrt(step) z. The bound is a quarter of the least
+    that could be unstable. It is met in few dimensions, where a score may happen to vanish, and
+    by data that are wide and smooth beside sigma.
 
     Args:
         score: ``(B, *D)``.
@@ -339,9 +340,19 @@ def snr_step(score: Tensor, z: Tensor, sigma: float, snr: float = 0.16) -> Tenso
     Returns:
         ``(B,)``.
 
+    Raises:
+        TypeError: ``score`` is not a floating-point tensor, or ``snr`` not a number.
+        ValueError: ``z`` has another shape, ``sigma`` is negative or NaN, or ``snr`` is negative
+            or not finite.
+
     Reference:
         Song et al. (2021), algorithms 4 and 5; eq-s11-corrector, eq-sde-bounded.
     """
+    if z.shape != require_floating("score", score).shape:
+        raise ValueError(f"z has shape {tuple(z.shape)}, score {tuple(score.shape)}")
+    if not sigma >= 0:
+        raise ValueError(f"sigma must be >= 0, got {sigma}")
+    snr = _require_at_least_zero("snr", snr)
     pull, kick = (torch.linalg.vector_norm(v[..., None].flatten(1), dim=1) for v in (score, z))
     tiny = torch.finfo(score.dtype).tiny
     return (2 * snr * kick / pull.clamp(min=tiny)).square().clamp(max=sigma**2)
@@ -354,8 +365,19 @@ def _corrected(x: Tensor, x0_hat: Tensor, alpha: float, sigma: float, snr: float
     step = expand(snr_step(score, z, sigma, snr), x)
     return x + step / 2 * score + step.sqrt() * z
 
+
+def _triples(predictor: Callable, process: Process, times: Tensor) -> list[tuple[float, ...]]:
+    """The predictor's three factors of each step, as Python floats."""
+    if not callable(predictor):
+        raise TypeError(f"predictor must be a function of (process, times), got {predictor!r}")
+    found = predictor(process, times)
+    if not isinstance(found, Sequence) or len(found) != 3:
+        raise ValueError(f"predictor must return 3 factors, of x_t, x0_hat and noise; got {found}")
+    columns = (_numbers("predictor", c, len(times) - 1).tolist() for c in found)
+    return list(zip(*columns, strict=True))
+
 # %% ../nbs/12_sde.ipynb #46e96ff3
-@register("pc", steps=125, evaluations=lambda n: 2 * n - 1)
+@register("pc", steps=125, evaluations=lambda n, n_corrector=1: n + (n - 1) * n_corrector)
 def predictor_corrector(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, *,
                         cond: int | Tensor | None = None, noise: Callable | None = None,
                         callback: Callable | None = None,
@@ -363,7 +385,7 @@ def predictor_corrector(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] 
                         n_corrector: int = 1, snr: float = 0.16) -> Tensor:
     """Returns x_0 by a predictor step to each time, then Langevin steps there.
 
-    N times take N + (N - 1) n_corrector evaluations; ``nfe`` knows those of one corrector step.
+    N times take N + (N - 1) n_corrector evaluations.
 
     Args:
         denoiser: ``(x_t, t, cond) -> x0_hat``, with its ``process``.
@@ -380,7 +402,8 @@ def predictor_corrector(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] 
         ``(B, *D)`` in the dtype of ``x_T``, x0_hat at the last time.
 
     Raises:
-        TypeError: a bare network, ``x_T`` not floating-point, ``n_corrector`` not an int.
+        TypeError: a bare network, ``x_T`` not floating-point, ``n_corrector`` not an int, or
+            ``predictor`` not a function.
         ValueError: an argument is not as described, or ``x_T``, on a CPU, not finite.
 
     Reference:
@@ -388,8 +411,7 @@ def predictor_corrector(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] 
     """
     process = _process(denoiser)
     times, count = as_times(process, times), _require_count("n_corrector", n_corrector)
-    triple = (_numbers("predictor", c, len(times) - 1) for c in predictor(process, times))
-    factors = list(zip(*(c.tolist() for c in triple), strict=True))
+    factors = _triples(predictor, process, times)
     scales = list(zip(process.alpha(times).tolist(), process.sigma(times).tolist(), strict=True))
     evaluate, draw = Evaluator(denoiser, times, cond), torch.randn_like if noise is None else noise
     snr = _require_at_least_zero("snr", snr)
@@ -416,6 +438,7 @@ def conditioned(denoiser: Denoiser, log_prob: Callable) -> Denoiser:
     Returns:
         A ``Denoiser`` of the same process. What it is given as ``cond`` is y: integer labels, or
         a tensor ``(B, ...)`` of two axes or more. No gradient flows through the added term.
+        Asked, it raises ValueError where ``log_prob`` does not return what it should.
 
     Raises:
         TypeError: a bare network, or ``log_prob`` cannot be called.
@@ -431,7 +454,11 @@ def conditioned(denoiser: Denoiser, log_prob: Callable) -> Denoiser:
     def net(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             inputs = x.detach().clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_prob(inputs, t, cond).sum(), inputs)
+            value = log_prob(inputs, t, cond)
+            if not isinstance(value, Tensor) or value.shape != t.shape or value.grad_fn is None:
+                raise ValueError(f"log_prob must return a tensor {tuple(t.shape)}, differentiable "
+                                 f"in x_t; got {getattr(value, 'shape', value)}")
+            (gradient,) = torch.autograd.grad(value.sum(), inputs)
         scale = process.sigma(t) ** 2 / process.alpha(t)
         return denoiser(x, t) + expand(scale.to(x), x) * gradient
     return Denoiser(net, process, "x0", denoiser.shape, device=denoiser.device,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .checks import require_choice, require_floating, require_positive_int, require_time
+from .checks import require_choice, require_finite, require_positive_int, require_time
 from .denoisers import Denoiser, _labels, _network_time, convert, preconditioning
 from .processes import Discrete, Process
 
@@ -199,9 +199,7 @@ def denoise_along(evaluate: Evaluator, x_T: Tensor, step: Callable[..., Tensor],
         TypeError: ``x_T`` is not a floating-point tensor.
         ValueError: ``x_T``, on a CPU, is not finite.
     """
-    if require_floating("x_T", x_T).device.type == "cpu" and not x_T.isfinite().all():
-        raise ValueError(f"x_T must be finite, got {x_T[~x_T.isfinite()][0].item()}")
-    x, last = x_T.to(torch.promote_types(x_T.dtype, torch.float32)), len(evaluate.points) - 1
+    x, last = require_finite("x_T", x_T).to(torch.promote_types(x_T.dtype, torch.float32)), len(evaluate.points) - 1
     for i, t in enumerate(evaluate.points):
         value = evaluate(i, x)
         if callback is not None:

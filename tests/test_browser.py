@@ -5,6 +5,7 @@ fail where the environment says DIFFNOTES_REQUIRE_BROWSER=1.
 """
 
 import os
+import re
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -89,6 +90,16 @@ def test_page(page, request):
     chromium, url = request.getfixturevalue("chromium"), request.getfixturevalue("book")
     complaints = look(chromium, BOOK, url, page)
     assert not complaints, "\n".join([f"{page}:", *complaints])
+
+
+def test_chapters_are_numbered_as_their_files():
+    chapters = [page for page in PAGES if page[:2].isdigit()]
+    if not chapters:
+        absent("no built book in _build/html: run `make book`")
+    for page in chapters:
+        text = (BOOK / page).read_text(encoding="utf8")
+        number = re.search(r'<h1><span class="section-number">(\d+)\. ', text)
+        assert page.startswith("00_") or number and int(number[1]) == int(page[:2]), page
 
 
 # One scratch page per kind of failure, so that a silent page is known to be a good one.

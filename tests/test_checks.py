@@ -173,6 +173,18 @@ def test_check_symbolic(capsys):
         check_symbolic("eq-test-label", x, -x)
 
 
+def test_require_finite():
+    x = torch.tensor([1.0, -2.0])
+    assert checks.require_finite("x0", x) is x
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="x0 must be finite, got"):
+            checks.require_finite("x0", torch.tensor([1.0, bad]))
+    with pytest.raises(TypeError, match="x0 must be a floating-point tensor"):
+        checks.require_finite("x0", torch.tensor([1]))
+    elsewhere = torch.full((2,), math.nan, device="meta")
+    assert checks.require_finite("x0", elsewhere) is elsewhere
+
+
 def test_require_floating():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x = torch.zeros(2, dtype=dtype)

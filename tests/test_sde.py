@@ -194,6 +194,15 @@ def test_evaluations_are_counted_truly(name, n):
     assert len(calls) == nfe(name, n) == SAMPLERS[name].evaluations(n)
 
 
+@pytest.mark.parametrize("n_corrector", [0, 1, 2, 3])
+def test_a_partial_corrector_is_counted_truly(n_corrector):
+    calls, chosen = [], partial(sde.predictor_corrector, n_corrector=n_corrector)
+    counting = Denoiser(lambda x, t: calls.append(1) or torch.tanh(x), VP(), "x0", (2,))
+    sample(counting, 3, sampler=chosen, steps=7, seed=0)
+    assert len(calls) == nfe(chosen, 7) == 7 + 6 * n_corrector
+    assert nfe(partial(chosen, snr=0.1), 7) == len(calls)
+
+
 @pytest.mark.parametrize("n_corrector", [0, 1, 3])
 def test_correctors_cost_what_they_say_and_come_after_each_step(n_corrector):
     asked, reports = [], []
@@ -609,6 +618,13 @@ def test_times_outside_the_unit_interval_are_refused(t):
         (dict(n_corrector=True), TypeError, "n_corrector must be an int"),
         (dict(snr="loud"), TypeError, "snr must be a number, got 'loud'"),
         (dict(predictor=lambda p, t: (torch.ones(3),) * 3), ValueError, "predictor must be 1"),
+        (dict(predictor="pc"), TypeError, "predictor must be a function .*got 'pc'"),
+        (
+            dict(predictor=lambda p, t: (f64([1]),) * 2),
+            ValueError,
+            "predictor must return 3 factors",
+        ),
+        (dict(predictor=lambda p, t: 1.0), ValueError, "predictor must return 3 factors.*got 1.0"),
         (dict(predictor=lambda p, t: (f64([math.nan]),) * 3), ValueError, "finite"),
     ],
 )
@@ -635,6 +651,51 @@ def test_other_refusals():
         sde.simulate(VP().drift, VP().diffusion, x, [0.1, 0.2j])
     with pytest.raises(ValueError, match="x must be finite"):
         sde.simulate(VP().drift, VP().diffusion, x + math.nan, [0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        (dict(score=torch.ones(2, 3, dtype=torch.int64)), TypeError, "score must be a floating"),
+        (dict(z=torch.ones(2, 2)), ValueError, r"z has shape \(2, 2\), score \(2, 3\)"),
+        (dict(z=torch.ones(1, 3)), ValueError, r"z has shape \(1, 3\)"),
+        (dict(sigma=-1.0), ValueError, "sigma must be >= 0, got -1.0"),
+        (dict(sigma=math.nan), ValueError, "sigma must be >= 0, got nan"),
+        (dict(snr=-0.1), ValueError, "snr must be finite and >= 0, got -0.1"),
+        (dict(snr=math.nan), ValueError, "snr must be finite and >= 0, got nan"),
+        (dict(snr=None), TypeError, "snr must be a number, got None"),
+    ],
+)
+def test_the_corrector_step_refuses(change, error, match):
+    given_ = dict(score=torch.ones(2, 3), z=torch.ones(2, 3), sigma=1.0) | change
+    with pytest.raises(error, match=match):
+        sde.snr_step(**given_)
+
+
+@pytest.mark.parametrize(
+    "log_prob, match",
+    [
+        (lambda x, t, y: torch.zeros(2), "differentiable"),
+        (lambda x, t, y: 0.0, r"a tensor \(2,\).*got 0.0"),
+        (lambda x, t, y: x.sum(), r"got torch.Size\(\[\]\)"),
+        (lambda x, t, y: -x.square(), r"got torch.Size\(\[2, 3\]\)"),
+    ],
+)
+def test_conditioning_refuses_what_is_no_log_probability(log_prob, match):
+    told = sde.conditioned(pull(VP()), log_prob)
+    with pytest.raises(ValueError, match=match):
+        told(torch.zeros(2, 3), 0.5)
+
+
+def test_infinite_weights_and_diffusions_are_refused():
+    x = torch.zeros(2, 3)
+    for process, t in ((VP(), 0.0), (Cosine(), 1.0), (VP(), torch.tensor([0.5, 0.0]))):
+        with pytest.raises(ValueError, match="likelihood weight of .* is infinite at t"):
+            sde.score_loss(Denoiser(lambda x, t: x, process), x, t, x, "likelihood")
+    with pytest.raises(ValueError, match="diffusion must be finite, got inf at t = 1"):
+        sde.simulate(Cosine().drift, Cosine().diffusion, x, [1.0, 0.5])
+    with pytest.raises(ValueError, match=r"shape of x, \(2, 3\); they make \(4, 2, 3\)"):
+        sde.simulate(lambda x, t: torch.ones(4, 2, 3), lambda t: 1.0, x, [0.1, 0.2])
 
 
 def test_the_samplers_are_walks():
