@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import ddpm, ncsn, sde  # noqa: F401
-from .checks import (expand, require_choice, require_floating, require_positive_int,
-                              require_shape)
+from .checks import (expand, require_choice, require_finite, require_floating,
+                              require_positive_int, require_shape)
 from .denoisers import Denoiser, guided
 from .processes import Discrete, Process
 from .stepping import (SAMPLERS, Evaluator, Sampler, as_times, denoise_along, register,
@@ -217,9 +217,8 @@ def _size(denoiser: Denoiser, n: int | None, x_T: Tensor | None,
     """The shape (n, *D) of the result, from whichever of the arguments says it."""
     n, shape = None if n is None else require_positive_int("n", n), denoiser.shape
     if x_T is not None:
-        require_shape("x_T", require_floating("x_T", x_T), shape or x_T.shape[1:])
-        if x_T.device.type == "cpu" and not x_T.isfinite().all():
-            raise ValueError(f"x_T must be finite, got {x_T[~x_T.isfinite()][0].item()}")
+        require_floating("x_T", x_T)
+        require_finite("x_T", require_shape("x_T", x_T, shape or x_T.shape[1:]))
         if n not in (None, len(x_T)):
             raise ValueError(f"n must be len(x_T) = {len(x_T)} or left out, got {n}")
         return require_positive_int("len(x_T)", len(x_T)), *x_T.shape[1:]

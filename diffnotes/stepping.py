@@ -199,7 +199,8 @@ def denoise_along(evaluate: Evaluator, x_T: Tensor, step: Callable[..., Tensor],
         TypeError: ``x_T`` is not a floating-point tensor.
         ValueError: ``x_T``, on a CPU, is not finite.
     """
-    x, last = require_finite("x_T", x_T).to(torch.promote_types(x_T.dtype, torch.float32)), len(evaluate.points) - 1
+    x = require_finite("x_T", x_T).to(torch.promote_types(x_T.dtype, torch.float32))
+    last = len(evaluate.points) - 1
     for i, t in enumerate(evaluate.points):
         value = evaluate(i, x)
         if callback is not None:
