@@ -124,7 +124,10 @@ def check_symbolic(label: str, lhs: Any, rhs: Any) -> None:
     Raises:
         AssertionError: the difference does not simplify to zero; the message shows what is left.
     """
-    import sympy
+    try:
+        import sympy
+    except ImportError:
+        raise ImportError("check_symbolic needs SymPy: pip install 'diffnotes[checks]'") from None
     left, right = (sympy.sympify(side, strict=True) for side in (lhs, rhs))
     residual = sympy.simplify(left - right)
     if not getattr(residual, "is_zero_matrix", residual == 0):

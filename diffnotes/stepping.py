@@ -134,7 +134,8 @@ class Evaluator:
         q: ``(N,)`` float64.
 
     Raises:
-        ValueError: the network's coordinate does not tell x0_hat at one of the times.
+        ValueError: the network's coordinate does not tell x0_hat at one of the times; at the first
+            call, a prediction of another shape than the state.
 
     Reference:
         eq-step-native.
@@ -158,7 +159,10 @@ class Evaluator:
             return self._net(i, x)
         denoiser, times, cond = self._told
         self._net = _prepared(denoiser, times, cond, x)
-        return denoiser.predict(x, self.points[i], cond)
+        value = denoiser.predict(x, self.points[i], cond)
+        if value.shape != x.shape:
+            raise ValueError(f"prediction of shape {tuple(value.shape)} for {tuple(x.shape)}")
+        return value
 
     def x0_hat(self, i: int, x: Tensor, value: Tensor) -> Tensor:
         """Returns p[i] x + q[i] value, ``(B, *D)`` in the dtype of ``x``."""

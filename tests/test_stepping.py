@@ -396,3 +396,10 @@ def test_every_entry_is_sound(name):
     entry = SAMPLERS[name]
     assert time_grid(VP(), entry.steps, entry.grid)[0] == 1 and entry.evaluations(1) >= 1
     assert entry.fn.__doc__ and name.isidentifier()
+
+
+@pytest.mark.parametrize("predicts", ["eps", "edm"])
+def test_a_prediction_of_another_shape_is_refused(predicts):
+    denoiser = Denoiser(lambda x, t: x[:, :1], VP(), predicts, (2,), sigma_data=0.5)
+    with pytest.raises(ValueError, match=r"prediction of shape \(3, 1\) for \(3, 2\)"):
+        samplers.sample(denoiser, x_T=torch.randn(3, 2), steps=2)
