@@ -1,4 +1,4 @@
-"""Networks: shapes, labels, start at zero, what is refused, gradients, compilation."""
+"""Networks: shapes, labels, start at zero, what is refused, gradients, compilation, layout."""
 
 import copy
 import json
@@ -10,9 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffnotes.networks import MLP, UNet, from_config, time_features, zero_init
+from diffnotes.denoisers import Denoiser
+from diffnotes.networks import (
+    MLP,
+    DiT,
+    UNet,
+    from_config,
+    patchify,
+    position_features,
+    time_features,
+    unpatchify,
+    zero_init,
+)
+from diffnotes.processes import Cosine
+from diffnotes.samplers import sample
 
 TINY = dict(channels=4, multipliers=(1, 2))
+KINDS = ["MLP", "MLP with waves", "UNet", "UNet with heads", "DiT"]
 
 
 def opened(net):
@@ -31,10 +45,15 @@ def inputs(net, n=3, dtype=torch.float32):
 
 
 def tiny_nets(**options):
-    return [MLP(2, 8, 2, **options), UNet(**TINY, **options)]
+    torch.manual_seed(0)
+    heads = dict(attention_levels=[0, 1], heads=2)
+    return [MLP(2, 8, 2, **options), MLP(2, 8, 2, frequencies=3, **options),
+            UNet(**TINY, **options), UNet(**TINY, **heads, **options),
+            DiT(1, 2, 8, 2, 2, **options)]
 
 
-each_net = pytest.mark.parametrize("net", tiny_nets(n_classes=3), ids=["MLP", "UNet"])
+each_net = pytest.mark.parametrize("net", tiny_nets(n_classes=3), ids=KINDS)
+each_image_net = pytest.mark.parametrize("net", tiny_nets(n_classes=3)[2:], ids=KINDS[2:])
 
 
 @settings(deadline=None)
@@ -54,12 +73,14 @@ def test_angles_are_never_computed_in_half_precision(dtype):
     assert abs(features[0, 0] - torch.tensor(1000.0).double().cos()) < 1e-4
 
 
-@pytest.mark.parametrize(("t", "dim", "error"), [
-    (torch.rand(3), 5, ValueError), (torch.rand(3), 1, ValueError), (torch.rand(3), 0, ValueError),
-    (torch.rand(3), -2, ValueError), (torch.rand(3), 4.0, TypeError),
-    (torch.tensor(0.5), 4, ValueError), (torch.rand(3, 1), 4, ValueError)])
-def test_senseless_features(t, dim, error):
-    with pytest.raises(error, match="dim must be"):
+@pytest.mark.parametrize(("t", "dim", "error", "message"), [
+    (torch.rand(3), 5, ValueError, "dim must be divisible by 2; got 5"),
+    (torch.rand(3), 0, ValueError, "dim must be"), (torch.rand(3), -2, ValueError, "dim must be"),
+    (torch.rand(3), 4.0, TypeError, "dim must be"),
+    (torch.tensor(0.5), 4, ValueError, r"t must have shape \(B,\); got \(\)"),
+    (torch.rand(3, 1), 4, ValueError, r"t must have shape \(B,\); got \(3, 1\)")])
+def test_senseless_features(t, dim, error, message):
+    with pytest.raises(error, match=message):
         time_features(t, dim)
 
 
@@ -119,8 +140,23 @@ def test_config_round_trip(net):
     assert torch.equal(again(x, t), opened(copy.deepcopy(net))(x, t))
 
 
+def test_older_descriptions_build_the_same_network():
+    """New arguments have defaults that leave the names of the weights alone."""
+    older = {"name": "UNet", "in_channels": 1, "channels": 4, "multipliers": [1, 2], "blocks": 1,
+             "n_classes": 3, "out_channels": None, "attention": True, "dropout": 0.1,
+             "time_scale": 1000.0}
+    for config, net in ((older, UNet(1, 4, (1, 2), n_classes=3)),
+                        ({"name": "MLP", "dim": 2, "hidden": 8, "depth": 1}, MLP(2, 8, 1))):
+        assert from_config(config).state_dict().keys() == net.state_dict().keys()
+        assert from_config(config).load_state_dict(net.state_dict())
+    parts = ["embedding", "first", "down", "up", "middle1", "attention", "middle2", "norm", "last"]
+    names = list(UNet(**TINY).state_dict())
+    assert list(dict.fromkeys(name.split(".")[0] for name in names)) == parts
+    assert not any("attention" in name for name in names if not name.startswith("attention."))
+
+
 def test_unknown_name():
-    with pytest.raises(ValueError, match="MLP.*UNet"):
+    with pytest.raises(ValueError, match="MLP.*UNet.*DiT"):
         from_config({"name": "Transformer"})
 
 
@@ -131,7 +167,7 @@ def test_unknown_name():
     (dict(t=torch.tensor(0.5)), ValueError, r"t must have shape \(3,\)"),
     (dict(cond=torch.tensor([0, 1, 3])), ValueError, "0 to 2; got 0 to 3"),
     (dict(cond=torch.tensor([0, 1, -2])), ValueError, "0 to 2; got -2 to 1"),
-    (dict(cond=torch.tensor([0, 1])), ValueError, r"int64 of shape \(3,\)"),
+    (dict(cond=torch.tensor([0, 1])), ValueError, r"int64 \(3,\); got torch.int64 \(2,\)"),
     (dict(cond=torch.zeros(3)), ValueError, "int64"),
 ])
 def test_refused_inputs(net, change, error, message):
@@ -162,7 +198,8 @@ def test_wrong_images(shape, message):
 @pytest.mark.parametrize("options", [
     dict(attention=False), dict(blocks=2), dict(multipliers=(1,)), dict(multipliers=(2, 1, 3)),
     dict(in_channels=3), dict(in_channels=3, out_channels=6), dict(dropout=0.5),
-    dict(channels=6)])
+    dict(channels=6), dict(channels=5), dict(attention_levels=(1,)),
+    dict(attention_levels=(0, 1), heads=4), dict(heads=2, blocks=2)])
 def test_configurations(options):
     net = opened(UNet(**TINY | options))
     channels = options.get("in_channels", 1)
@@ -172,15 +209,17 @@ def test_configurations(options):
 
 
 @pytest.mark.parametrize("options", [
-    dict(channels=5), dict(channels=0), dict(multipliers=(1, 0)), dict(blocks=0),
-    dict(n_classes=0),
+    dict(channels=0), dict(multipliers=(1, 0)), dict(blocks=0), dict(n_classes=0),
+    dict(attention_levels=(2,)), dict(attention_levels=(-1,)), dict(attention_levels=(0.5,)),
+    dict(heads=0), dict(heads=3), dict(attention=False, attention_levels=(0,), heads=3),
     dict(dropout=1.0), dict(dropout=-0.1), dict(out_channels=0)])
 def test_senseless_configurations(options):
     with pytest.raises(ValueError):
         UNet(**options)
 
 
-@pytest.mark.parametrize("build", [lambda **o: MLP(2, 8, 1, **o), UNet], ids=["MLP", "UNet"])
+@pytest.mark.parametrize("build", [lambda **o: MLP(2, 8, 1, **o), UNet, DiT],
+                         ids=["MLP", "UNet", "DiT"])
 @pytest.mark.parametrize(("options", "error", "message"), [
     (dict(time_scale=float("nan")), ValueError, "time_scale must be positive and finite; got nan"),
     (dict(time_scale=float("inf")), ValueError, "time_scale"),
@@ -199,6 +238,17 @@ def test_senseless_options_of_either(build, options, error, message):
     (lambda: UNet(multipliers=2), TypeError, "multipliers must be a sequence of ints; got 2"),
     (lambda: UNet(multipliers=(1, 2.5)), TypeError, "multipliers must be an int"),
     (lambda: UNet(channels=None), TypeError, "channels must be an int"),
+    (lambda: UNet(attention_levels=1), TypeError, "attention_levels must be a sequence"),
+    (lambda: UNet(attention_levels=(2,)), ValueError, r"levels are 0 to 1; .*=\(2,\)"),
+    (lambda: UNet(attention="yes"), TypeError, "attention must be True or False"),
+    (lambda: UNet(heads=3), ValueError, "attention must be divisible by 3; got 64"),
+    (lambda: DiT(hidden=6), ValueError, "hidden must be divisible by 4; got 6"),
+    (lambda: DiT(hidden=8, heads=3), ValueError, "hidden must be divisible by 12; got 8"),
+    (lambda: DiT(patch=0), ValueError, "patch must be at least 1"),
+    (lambda: MLP(2, frequencies=0), ValueError, "frequencies must be at least 1"),
+    (lambda: MLP(2, bandwidth=0.0), ValueError, "bandwidth must be positive"),
+    (lambda: MLP(2, out_channels=None), TypeError, "out_channels must be an int"),
+    (lambda: MLP(2, 7), ValueError, "hidden must be divisible by 2"),
     (lambda: MLP(None), TypeError, "dim must be an int")])
 def test_senseless_sizes(build, error, message):
     with pytest.raises(error, match=message):
@@ -222,8 +272,90 @@ def test_networks_tell_their_classes(net):
 def test_mlp_takes_any_shape_and_more_outputs():
     assert MLP(12, 8, 1)(torch.randn(5, 3, 2, 2), torch.rand(5)).shape == (5, 3, 2, 2)
     assert MLP(3, 8, 1, out_channels=2)(torch.randn(5, 3), torch.rand(5)).shape == (5, 6)
-    with pytest.raises(ValueError, match="hidden must be even"):
-        MLP(2, 7)
+    assert MLP(1, 8, 1, out_channels=2)(torch.randn(5, 1), torch.rand(5)).shape == (5, 2)
+
+
+def test_waves_are_kept_and_not_trained():
+    net = MLP(2, 8, 1, frequencies=5, bandwidth=3.0)
+    assert net.state_dict()["waves"].shape == (5, 2)
+    assert "waves" not in dict(net.named_parameters())
+    again = MLP(2, 8, 1, frequencies=5)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again.waves, net.waves)
+    assert "waves" not in MLP(2, 8, 1).state_dict()
+    torch.manual_seed(0)
+    assert abs(MLP(2, 8, 1, frequencies=20_000, bandwidth=3.0).waves.std() - 3) < 4 * 3 / 280
+
+
+def test_waves_of_shaped_samples_in_half_precision():
+    """The angles are computed in float32, under autocast too; only the features are rounded."""
+    net = opened(MLP(4, 8, 1, frequencies=16, bandwidth=20.0))
+    x, t = torch.randn(5, 2, 2), torch.rand(5)
+    expected = net(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (net(x, t).float() - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize(("patch", "size"), [(1, (3, 2)), (2, (4, 8)), (4, (8, 4)), (3, (3, 6))])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_patches_are_put_back(patch, size, n):
+    x = torch.arange(n * 2 * math.prod(size), dtype=torch.float64).reshape(n, 2, *size)
+    tokens = patchify(x, patch)
+    assert tokens.shape == (n, math.prod(size) // patch**2, 2 * patch**2)
+    assert torch.equal(unpatchify(tokens, patch, size), x)
+    if n:
+        assert torch.equal(tokens[0, 0], x[0, :, :patch, :patch].flatten())
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6), (1, 1, 4, 6)])
+def test_patches_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match="x must have shape|divisible by 4; got 4×6"):
+        patchify(torch.zeros(shape), 4)
+
+
+def test_positions():
+    features = position_features(3, 5, 8, dtype=torch.float64).reshape(3, 5, 8)
+    for i in range(3):
+        for j in range(5):
+            row, column = (time_features(torch.tensor([n]).double(), 4, 1.0)[0] for n in (i, j))
+            torch.testing.assert_close(features[i, j], torch.cat([row, column]))
+    assert position_features(2, 2, 4).dtype == torch.float32
+    with pytest.raises(ValueError, match="dim must be divisible by 4; got 6"):
+        position_features(2, 2, 6)
+
+
+@pytest.mark.parametrize("options", [
+    dict(patch=1), dict(patch=4), dict(in_channels=3), dict(in_channels=3, out_channels=6),
+    dict(heads=1), dict(depth=1), dict(hidden=24, heads=3)])
+def test_configurations_of_a_transformer(options):
+    net = opened(DiT(**dict(hidden=8, depth=2, heads=2) | options))
+    channels = options.get("in_channels", 1)
+    out = net(torch.randn(2, channels, 8, 12), torch.rand(2))
+    assert out.shape == (2, options.get("out_channels", channels), 8, 12)
+    assert from_config(net.config()).load_state_dict(net.state_dict())
+
+
+def test_a_transformer_knows_places_and_blocks_start_closed():
+    net = DiT(1, 2, 8, 2, 2)
+    h, emb = torch.randn(2, 6, 8), torch.randn(2, 8)
+    assert all(torch.equal(block(h, emb), h) for block in net.blocks)
+    x, t = torch.randn(1, 1, 8, 8), torch.rand(1)
+    shifted = opened(net)(x.roll(2, 3), t)
+    assert not torch.allclose(shifted, net(x, t).roll(2, 3), rtol=0.1)
+
+
+def test_sizes_in_millions_cost_nothing_on_the_meta_device():
+    with torch.device("meta"):
+        net = DiT(4, 2, 1152, 28, 16, n_classes=1000, out_channels=8)
+        assert sum(p.numel() for p in net.parameters()) == 675_866_912
+        assert net(torch.empty(1, 4, 32, 32), torch.empty(1)).shape == (1, 8, 32, 32)
+
+
+@pytest.mark.parametrize("net", tiny_nets()[2:], ids=KINDS[2:])
+def test_samples_as_a_denoiser(net):
+    denoiser = Denoiser(opened(copy.deepcopy(net)), Cosine(), "v", (1, 4, 4))
+    with torch.no_grad():
+        assert sample(denoiser, 3, steps=3, seed=0).isfinite().all()
 
 
 def test_dropout_acts_in_training_only():
@@ -233,23 +365,71 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(net.eval()(x, t), net(x, t))
 
 
-def test_channels_last_gives_the_same():
-    net = opened(UNet(**TINY)).double()
-    x, t = inputs(net, dtype=torch.float64)
-    expected = net(x, t)
+@each_image_net
+def test_channels_last_gives_the_same_and_stays(net):
+    net = opened(copy.deepcopy(net)).double()
+    x, t = torch.randn(2, 1, 8, 8).double(), torch.rand(2).double()
+    expected, layouts = net(x, t), []
+
+    def look(layer, args):
+        layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+
+    convolutions = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+    for layer in convolutions:
+        layer.register_forward_pre_hook(look)
     kind = {"memory_format": torch.channels_last}
-    last = net.to(**kind)(x.to(**kind), t)
-    torch.testing.assert_close(last, expected)
+    torch.testing.assert_close(net.to(**kind)(x.to(**kind), t), expected)
+    assert all(layouts) and len(layouts) == len(convolutions)
 
 
 @each_net
-def test_traces_without_breaks(net):
-    """One graph, labels included, is what torch.compile needs; this backend needs no compiler."""
-    net = opened(copy.deepcopy(net)).eval()
+def test_autocast_to_bfloat16(net):
+    """Some dozens of roundings of 2**-9 each; angles in bfloat16 would be off by the whole."""
+    net = opened(copy.deepcopy(net))
     x, t = inputs(net)
-    cond = torch.tensor([0, -1, 2])
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, t, cond), net(x, t, cond))
+    expected = net(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = net(x, t)
+    assert (rough.float() - expected).norm() < 0.1 * expected.norm()
+    rough.float().square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+@each_net
+def test_one_graph_without_breaks(net):
+    """One for a size, none for other values, one more for all sizes; labels are another one."""
+    net, graphs = opened(copy.deepcopy(net)).eval(), []
+    torch.compiler.reset()
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(net, backend=counting, fullgraph=True)
+    x, t = inputs(net, 8)
+    cond = torch.arange(8) % 4 - 1
+    for size, expected in ((8, 1), (8, 1), (6, 2), (5, 2), (3, 2)):
+        x, t, cond = x[-size:], t[-size:].flip(0), cond[-size:]
+        torch.testing.assert_close(compiled(x, t, cond), net(x, t, cond))
+        assert len(graphs) == expected
+    torch.testing.assert_close(compiled(x, t), net(x, t))
+    torch.compiler.reset()
+
+
+@each_net
+def test_compiled_gradients(net):
+    """The ahead-of-time trace, with its backward pass, needs no compiler either."""
+    net = opened(copy.deepcopy(net)).double()
+    x, t = inputs(net, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    cond, slopes = torch.tensor([0, -1, 2]), []
+    for call in (net, compiled):
+        net.zero_grad()
+        call(x, t, cond).square().sum().backward()
+        slopes.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(slopes[1], slopes[0])
+    torch.compiler.reset()
 
 
 def test_zero_init_returns_its_layer():
