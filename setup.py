@@ -29,6 +29,5 @@ setup(
     ],
     install_requires=settings["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

@@ -26,8 +26,9 @@ from .ncsn import annealed_langevin, langevin, noise_levels
 from .sde import euler_maruyama, predictor_corrector, probability_flow, reverse_diffusion
 from .samplers import as_process, sample
 from .likelihood import log_likelihood
-from .data import digits
-from .networks import MLP, UNet
+from .data import Images, digits
+from .sources import open_data
+from .networks import MLP, DiT, UNet
 from .training import loss, train
 from .pretrained import load, load_pretrained, save
 
@@ -42,8 +43,8 @@ __all__ = [
     "euler_maruyama", "predictor_corrector", "probability_flow", "reverse_diffusion",
     "as_process", "sample",
     "log_likelihood",
-    "digits",
-    "MLP", "UNet",
+    "Images", "digits", "open_data",
+    "MLP", "UNet", "DiT",
     "loss", "train",
     "save", "load", "load_pretrained",
 ]

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.development
 
 # Exported imports point up this list; but for (module, imported, inside which function).
 STORY = """checks mixtures processes denoisers stepping ddpm ncsn sde samplers likelihood data
-networks training metrics pretrained runs interop report ddim exponential edm adaptive guidance inverse editing
-representations plots cli""".split()
+files sources networks training metrics pretrained runs interop report ddim exponential edm
+adaptive guidance inverse editing representations plots cli""".split()
 DOWNWARD = {("mixtures", "denoisers", "denoiser")}
-LAZY = {"matplotlib", "scipy", "sklearn", "sympy", "PIL", "accelerate", "huggingface_hub", "cyclopts",
-        "datasets", "diffusers"}
+LAZY = {"matplotlib", "scipy", "sklearn", "sympy", "PIL", "accelerate", "huggingface_hub",
+        "cyclopts", "datasets", "diffusers"}
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|-index[-]url", re.I)
 FUNCTION_LINES, MODULE_LINES = 25, 250
 

@@ -19,7 +19,8 @@ FORM = re.compile(r"eq-(?:([dns])(\d\d)|[a-z0-9]+)-[a-z0-9-]+")
 PASSED = re.compile(r"^✓ (\S+)  (.*?)\s*$", re.M)
 EXPORT = re.compile(r"#\|\s*export\b")
 MODULES = {"dn", "checks", "mixtures", "processes", "denoisers", "stepping", "ddpm", "ncsn", "sde",
-           "samplers", "likelihood", "data", "networks", "training", "metrics", "pretrained",
+           "samplers", "likelihood", "data", "files", "sources",
+           "networks", "training", "metrics", "pretrained",
            "runs", "interop", "report"}
 CHECKS = {"check", "check_mc", "check_symbolic"}
 PRINTED = {"max error": "closed form", "largest z": "Monte Carlo", "symbolic": "symbolic"}
