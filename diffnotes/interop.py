@@ -406,9 +406,9 @@ def to_diffusers(denoiser: Denoiser) -> tuple[nn.Module, Any]:
         denoiser: a denoiser on a ``Discrete`` process, trained or exact.
 
     Returns:
-        net: ``net(sample, timestep, class_labels).sample`` is x0_hat, v or eps, as the scheduler's
-            ``prediction_type`` says.
-        scheduler: a ``DDPMScheduler`` with the chain's betas, without clipping.
+        A network, whose ``net(sample, timestep, class_labels).sample`` is x0_hat, v or eps as the
+        scheduler's ``prediction_type`` says; and a ``DDPMScheduler`` with the chain's betas,
+        without clipping.
 
     Raises:
         ImportError: diffusers is not installed.
