@@ -266,7 +266,7 @@ def require_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         ValueError: the shapes differ; the message names both.
     """
     if x.ndim == 0 or tuple(x.shape[1:]) != tuple(shape):
-        wanted = ", ".join(["B", *map(str, shape)])
+        wanted = ", ".join(["B", *map(str, shape)]) + "," * (not shape)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(x.shape)}")
     return x
 

@@ -5,9 +5,11 @@
 # %% ../nbs/20_data.ipynb #f856c31d
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ class Levels:
         high: value of the last level.
 
     Raises:
-        ValueError: fewer than two levels, or ``high`` not above ``low``.
+        ValueError: fewer than two levels, or ``low`` and ``high`` not finite and in order.
 
     Reference:
         ``eq-data-levels``.
@@ -42,8 +44,9 @@ class Levels:
     high: float = 1.0
 
     def __post_init__(self):
-        if require_positive_int("count", self.count) < 2 or not self.low < self.high:
-            raise ValueError(f"levels need count >= 2 and low < high; got {self}")
+        finite = -math.inf < self.low < self.high < math.inf
+        if require_positive_int("count", self.count) < 2 or not finite:
+            raise ValueError(f"levels need count >= 2 and finite low < high; got {self}")
 
     @property
     def step(self) -> float:
@@ -119,13 +122,15 @@ class Images(Dataset):
         n_classes: number of names, or None.
 
     Raises:
-        TypeError: counts or labels that are no whole numbers.
+        TypeError: counts or labels that are no whole numbers, or levels that are no ``Levels``.
         ValueError: another shape, no images, counts beyond the levels, labels that are not one a
             piece or beyond the names.
     """
 
     def __init__(self, counts: Tensor | np.ndarray, labels: Tensor | Sequence[int] | None = None,
                  levels: Levels = Levels(), names: Sequence[str] | None = None):
+        if not isinstance(levels, Levels):
+            raise TypeError(f"levels must be Levels; got {levels!r}")
         self.counts, self.levels = _counted(counts, levels), levels
         self.labels, self.names = _labelled(labels, names, len(self.counts))
         self.shape = tuple(self.counts.shape[1:])
@@ -218,8 +223,12 @@ def random_split(images: Images, held: int | float, *, seed: int = 0) -> tuple[I
         The kept and the held-out images, each in its old order; together they are the whole.
 
     Raises:
+        TypeError: ``images`` are not ``Images``, or ``held`` is no number.
         ValueError: nothing would be held out, or nothing kept.
     """
+    if not isinstance(images, Images) or not isinstance(held, Real):
+        raise TypeError("random_split needs Images and a number to hold out; got "
+                        f"{type(images).__name__} and {held!r}")
     n = len(images)
     count = round(held * n) if 0 < held < 1 else held
     if count != int(count) or not 0 < count < n:
@@ -229,13 +238,21 @@ def random_split(images: Images, held: int | float, *, seed: int = 0) -> tuple[I
             images.subset(order[:int(count)].sort().values))
 
 # %% ../nbs/20_data.ipynb #7f3902ec
+def _require_images(x: Tensor) -> Tensor:
+    """The images, if they are a batch with channels."""
+    if not torch.is_tensor(x) or x.ndim != 4:
+        got = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f"images must be a tensor (n, C, H, W); got {got}")
+    return x
+
+
 def _draw(size: tuple[int, ...], low: int, high: int, x: Tensor,
           generator: torch.Generator | None) -> Tensor:
     """Whole numbers from low to high, drawn where the generator lives, on the device of x."""
     device = x.device if generator is None else generator.device
     return torch.randint(low, high + 1, size, generator=generator, device=device).to(x.device)
 
-
+# %% ../nbs/20_data.ipynb #41d80b1c
 def hflip(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Returns a batch in which each image is mirrored left to right with probability 1/2.
 
@@ -245,10 +262,14 @@ def hflip(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     Returns:
         A new batch, of the same shape and dtype. Flipping is its own inverse.
+
+    Raises:
+        ValueError: ``x`` is no batch of images.
     """
+    _require_images(x)
     return torch.where(_draw((len(x), 1, 1, 1), 0, 1, x, generator).bool(), x.flip(-1), x)
 
-
+# %% ../nbs/20_data.ipynb #d0f606f9
 def translate(x: Tensor, down: Tensor, right: Tensor, *, fill: float = -1.0) -> Tensor:
     """Returns each image moved by whole pixels; what leaves is lost, what enters is ``fill``.
 
@@ -262,9 +283,12 @@ def translate(x: Tensor, down: Tensor, right: Tensor, *, fill: float = -1.0) -> 
         A new batch. The opposite move undoes it where nothing but ``fill`` was lost.
 
     Raises:
-        ValueError: not one move for each image.
+        TypeError: moves that are not int64.
+        ValueError: ``x`` is no batch of images, or not one move for each.
     """
-    n, channels, height, width = x.shape
+    n, channels, height, width = _require_images(x).shape
+    if not all(torch.is_tensor(moves) and moves.dtype == torch.int64 for moves in (down, right)):
+        raise TypeError(f"moves must be int64 tensors; got {down!r} down, {right!r} right")
     if down.shape != (n,) or right.shape != (n,):
         got = f"{tuple(down.shape)} down, {tuple(right.shape)} right"
         raise ValueError(f"{n} images need {n} moves each way; got {got}")
@@ -276,7 +300,7 @@ def translate(x: Tensor, down: Tensor, right: Tensor, *, fill: float = -1.0) -> 
     columns = column.clamp(0, width - 1)[:, None, None, :].expand(n, channels, height, width)
     return x.gather(2, rows).gather(3, columns).masked_fill(~inside, fill)
 
-
+# %% ../nbs/20_data.ipynb #e3d59559
 def shift(x: Tensor, generator: torch.Generator | None = None, *, pixels: int = 1,
           fill: float = -1.0) -> Tensor:
     """Returns a batch in which each image has moved at random, as ``translate`` moves it.
@@ -291,8 +315,8 @@ def shift(x: Tensor, generator: torch.Generator | None = None, *, pixels: int = 
         A new batch, of the same shape and dtype.
 
     Raises:
-        ValueError: ``pixels`` below 1.
+        ValueError: ``x`` is no batch of images, or ``pixels`` below 1.
     """
     pixels = require_positive_int("pixels", pixels)
-    down, right = _draw((2, len(x)), -pixels, pixels, x, generator)
+    down, right = _draw((2, len(_require_images(x))), -pixels, pixels, x, generator)
     return translate(x, down, right, fill=fill)

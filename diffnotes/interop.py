@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checks import require_floating
+from .checks import require_finite
 from .denoisers import Denoiser
 from .processes import Discrete, Process
 
@@ -79,7 +79,7 @@ class Audit(NamedTuple):
         lines = [f"{t:8.4f}{snr:9.2f}{error:10.3g}{slope:8.2f}" for t, snr, error, slope in rows]
         return "\n".join(["       t  log-SNR     error   slope", *lines])
 
-# %% ../nbs/26_interop.ipynb #42c57393
+# %% ../nbs/26_interop.ipynb #2c3b91c9
 def _levels(process: Process) -> Tensor:
     """Nine times with equal steps in log-SNR, from -6 to 6 as far as the process goes."""
     ends = process.log_snr(torch.tensor([process.t_max, process.t_min], dtype=torch.float64))
@@ -87,6 +87,14 @@ def _levels(process: Process) -> Tensor:
     return process.t_of_log_snr(torch.linspace(low, high, 9, dtype=torch.float64))
 
 
+def _require_denoiser(denoiser: Any) -> Denoiser:
+    """The denoiser, if it is one."""
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError("the denoiser must be law.denoiser(process) or Denoiser(net, process), "
+                        f"got {type(denoiser).__name__}")
+    return denoiser
+
+# %% ../nbs/26_interop.ipynb #42c57393
 @torch.no_grad()
 def audit(denoiser: Denoiser, x0: Tensor, *, times: Sequence[float] | Tensor | None = None,
           cond: Tensor | None = None, generator: torch.Generator | None = None) -> Audit:
@@ -107,14 +115,14 @@ def audit(denoiser: Denoiser, x0: Tensor, *, times: Sequence[float] | Tensor | N
         An ``Audit``; print it for a table.
 
     Raises:
-        TypeError: ``x0`` is not a floating-point tensor.
-        ValueError: fewer than two samples, or data that do not vary.
+        TypeError: ``denoiser`` is none, or ``x0`` is not a floating-point tensor.
+        ValueError: fewer than two samples, or data that do not vary or are not finite.
 
     Reference:
         eq-interop-linear, eq-interop-orthogonal.
     """
-    process = denoiser.process
-    if len(require_floating("x0", x0)) < 2 or not x0.var(0).any():
+    process = _require_denoiser(denoiser).process
+    if len(require_finite("x0", x0)) < 2 or not x0.var(0).any():
         raise ValueError("x0 must hold two or more samples that differ")
     mean, var = x0.mean(0), x0.var(0, correction=0)
     times = torch.as_tensor(_levels(process) if times is None else times, dtype=torch.float64)
@@ -170,11 +178,13 @@ def clipped(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoise
         A denoiser that shares the network and predicts x0.
 
     Raises:
+        TypeError: ``denoiser`` is none.
         ValueError: ``low`` is not less than ``high``.
 
     Reference:
         eq-interop-clip.
     """
+    _require_denoiser(denoiser)
     if not low < high:
         raise ValueError(f"low must be less than high, got {low} and {high}")
     net = _Clipped(denoiser, low, high)
@@ -412,12 +422,13 @@ def to_diffusers(denoiser: Denoiser) -> tuple[nn.Module, Any]:
 
     Raises:
         ImportError: diffusers is not installed.
+        TypeError: ``denoiser`` is none.
         ValueError: the process is no chain.
 
     Reference:
         eq-interop-index.
     """
-    process = denoiser.process
+    process = _require_denoiser(denoiser).process
     if not isinstance(process, Discrete):
         raise ValueError(f"their schedulers walk a chain, this is {process}: first "
                          "as_process(denoiser, Discrete(betas))")

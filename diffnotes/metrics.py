@@ -601,8 +601,7 @@ def extract(features: Callable[[Tensor], Tensor], images: Tensor, *,
 
     Args:
         features: any function or module that takes ``(B, ...)`` and returns ``(B, d)`` or
-            ``(B, ...)``: an Inception network of your own, say, without its last layer; see
-            ``diffnotes.report.load_features``.
+            ``(B, ...)``: an Inception network of your own, say, without its last layer.
         images: ``(n, ...)``, on the device that it needs.
         batch_size: images at a time.
 

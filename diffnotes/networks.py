@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import require_choice, require_floating, require_positive_int
+from .checks import (require_choice, require_floating, require_positive_int,
+                              require_shape)
 
 # %% auto #0
 __all__ = ['time_features', 'zero_init', 'MLP', 'UNet', 'patchify', 'unpatchify', 'position_features', 'DiT', 'from_config']
@@ -45,9 +46,7 @@ def time_features(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
         Vaswani et al. (2017), section 3.5; ``eq-net-features``.
     """
     _require_multiple("dim", require_positive_int("dim", dim), 2)
-    if t.ndim != 1:
-        raise ValueError(f"t must have shape (B,); got {tuple(t.shape)}")
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    t = require_shape("t", t, ()).to(torch.promote_types(t.dtype, torch.float32))
     twice_k = torch.arange(0, dim, 2, device=t.device, dtype=t.dtype)
     angles = scale * t[:, None] * torch.exp(-math.log(1e4) / dim * twice_k)  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], 1)
@@ -372,7 +371,7 @@ def patchify(x: Tensor, patch: int) -> Tensor:
     Reference:
         Peebles and Xie (2023), section 3.2; ``eq-net-patch``.
     """
-    _check_image(x, patch)
+    _check_image(x, require_positive_int("patch", patch))
     squares = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, p, w, p)
     return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -387,7 +386,11 @@ def unpatchify(tokens: Tensor, patch: int, size: Sequence[int]) -> Tensor:
 
     Returns:
         ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: another number of tokens than the image has squares.
     """
+    require_shape("tokens", tokens, (size[0] * size[1] // patch**2, tokens.shape[-1]))
     squares = tokens.unflatten(1, (size[0] // patch, -1)).unflatten(3, (-1, patch, patch))
     return squares.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (B, C, h, p, w, p) before
 

@@ -1,5 +1,6 @@
 """Levels, digits, sets of images, splits and augmentation: shapes, ranges, draws, errors."""
 
+import math
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from diffnotes.data import (
     translate,
 )
 
+MOVE = torch.ones(4, dtype=torch.int64)
 LEVELS = st.builds(
     lambda count, low, width: Levels(count, low, low + width),
     st.integers(2, 300), st.floats(-10, 10), st.floats(0.1, 20))
@@ -275,3 +277,31 @@ def test_senseless_moves():
             translate(x, down, torch.ones(3, dtype=int))
     with pytest.raises(ValueError, match="pixels"):
         shift(x, pixels=0)
+
+
+@pytest.mark.parametrize("call", [hflip, shift, lambda x: translate(x, MOVE, MOVE)],
+                         ids=["hflip", "shift", "translate"])
+@pytest.mark.parametrize("x", [torch.rand(4, 8, 8), torch.rand(5), None], ids=["3d", "1d", "None"])
+def test_only_batches_of_images_are_moved(call, x):
+    with pytest.raises(ValueError, match=r"images must be a tensor \(n, C, H, W\)"):
+        call(x)
+
+
+@pytest.mark.parametrize("down", [torch.rand(4), 1], ids=["float", "number"])
+def test_moves_are_whole(down):
+    with pytest.raises(TypeError, match="moves must be int64"):
+        translate(torch.rand(4, 1, 3, 3), down, MOVE)
+
+
+@pytest.mark.parametrize("ends", [(-math.inf, 1.0), (-1.0, math.inf), (math.nan, 1.0)], ids=str)
+def test_levels_have_finite_ends(ends):
+    with pytest.raises(ValueError, match="finite low < high"):
+        Levels(17, *ends)
+
+
+def test_senseless_levels_and_splits():
+    with pytest.raises(TypeError, match="levels must be Levels; got 17"):
+        Images(torch.zeros(2, 1, 2, 2, dtype=int), levels=17)
+    for images, held in ((digits(), 3), (digit_images("test"), "3")):
+        with pytest.raises(TypeError, match="random_split needs Images and a number"):
+            random_split(images, held)

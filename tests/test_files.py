@@ -486,3 +486,8 @@ for name, read in [('idx', read_idx), ('npz', read_npz), ('pickle', read_pickle)
         pytest.skip("needs /proc")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["refused"] * 3, done.stderr
+
+
+def test_only_pictures_of_pillow_have_pixels():
+    with pytest.raises(TypeError, match="picture of Pillow; got Tensor"):
+        to_pixels(torch.zeros(1, 4, 4))

@@ -556,3 +556,17 @@ def test_import_does_not_import_diffusers():
     code = "import sys, diffnotes.interop; print('diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_is_no_denoiser_is_refused():
+    for call in (lambda: audit(None, torch.rand(4, 2)), lambda: clipped(None),
+                 lambda: to_diffusers(None)):
+        with pytest.raises(TypeError, match="denoiser must be .* got NoneType"):
+            call()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_audit_wants_finite_data(value):
+    denoiser = Gaussian(torch.zeros(2), 1.0).denoiser(VP())
+    with pytest.raises(ValueError, match="x0 must be finite"):
+        audit(denoiser, torch.tensor([[0.0, 1.0], [value, 2.0]]))

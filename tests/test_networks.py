@@ -77,8 +77,8 @@ def test_angles_are_never_computed_in_half_precision(dtype):
     (torch.rand(3), 5, ValueError, "dim must be divisible by 2; got 5"),
     (torch.rand(3), 0, ValueError, "dim must be"), (torch.rand(3), -2, ValueError, "dim must be"),
     (torch.rand(3), 4.0, TypeError, "dim must be"),
-    (torch.tensor(0.5), 4, ValueError, r"t must have shape \(B,\); got \(\)"),
-    (torch.rand(3, 1), 4, ValueError, r"t must have shape \(B,\); got \(3, 1\)")])
+    (torch.tensor(0.5), 4, ValueError, r"t must have shape \(B,\), got \(\)"),
+    (torch.rand(3, 1), 4, ValueError, r"t must have shape \(B,\), got \(3, 1\)")])
 def test_senseless_features(t, dim, error, message):
     with pytest.raises(error, match=message):
         time_features(t, dim)
@@ -435,3 +435,10 @@ def test_compiled_gradients(net):
 def test_zero_init_returns_its_layer():
     layer = nn.Linear(3, 2)
     assert zero_init(layer) is layer and not layer.weight.any() and not layer.bias.any()
+
+
+def test_senseless_patches():
+    with pytest.raises(ValueError, match="patch must be at least 1, got 0"):
+        patchify(torch.zeros(2, 1, 8, 8), 0)
+    with pytest.raises(ValueError, match=r"tokens must have shape \(B, 16, 4\), got \(2, 5, 4\)"):
+        unpatchify(torch.zeros(2, 5, 4), 2, (8, 8))
