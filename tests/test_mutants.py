@@ -74,3 +74,8 @@ def test_a_stale_name_is_reported(tmp_path, monkeypatch):
     notebook = mutants.Notebook.read(ROOT / "nbs" / "01_mixtures.ipynb")
     with pytest.raises(SystemExit, match="no such line"):
         mutants.equivalent(notebook, notebook.mutants())
+
+
+def test_swapping_what_is_equal_breaks_nothing():
+    assert changes("layer = Linear(dim, dim)\n") == []
+    assert changes("layer = Linear(dim, width)\n") == ["Linear(dim, width) -> Linear(width, dim)"]

@@ -128,6 +128,8 @@ def mutants(number, source):
     for node in nodes(ast.parse(source)):
         for new in variants(node):
             text = ast.unparse(new)
+            if text == ast.unparse(node):
+                continue
             changed = splice(source, node, f"({text})" if isinstance(new, ast.expr) else text)
             old = " ".join(ast.get_source_segment(source, node).split())
             line = source.splitlines()[node.lineno - 1].strip()
