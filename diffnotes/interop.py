@@ -66,12 +66,22 @@ def _line(x_t: Tensor, mean: Tensor, var: Tensor, alpha: float, sigma: float) ->
 
 # %% ../nbs/26_interop.ipynb #833cddf1
 class Audit(NamedTuple):
-    """What ``audit`` found, each ``(N,)``; the first is the noisiest level."""
+    """What ``audit`` found at each noise level, the noisiest first; float64 on the CPU.
 
-    t: Tensor        # time
-    log_snr: Tensor  # log-SNR there
-    error: Tensor    # squared error of x0_hat over that of the best straight line
-    slope: Tensor    # of the data against x0_hat
+    Attributes:
+        t: times, ``(N,)``.
+        log_snr: log-SNR there, ``(N,)``.
+        error: squared error of x0_hat over that of the best straight line, ``(N,)``.
+        slope: of the data against x0_hat, ``(N,)``; 1 for a posterior mean.
+
+    Reference:
+        eq-interop-linear, eq-interop-orthogonal.
+    """
+
+    t: Tensor
+    log_snr: Tensor
+    error: Tensor
+    slope: Tensor
 
     def __str__(self) -> str:
         """Returns a table, one line for each level."""
