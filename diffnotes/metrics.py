@@ -24,7 +24,7 @@ __all__ = ['Estimate', 'proportion', 'jackknife', 'gaussian_frechet', 'frechet_d
            'kernel_distance', 'directions', 'sliced_wasserstein', 'NeighbourScores', 'neighbour_scores',
            'nearest_distance', 'copy_score', 'copied_share', 'DigitFeatures', 'digit_features', 'extract']
 
-# %% ../nbs/23_evaluation.ipynb #aa92959e
+# %% ../nbs/23_evaluation.ipynb #c8fa1336
 _Z = 2.0  # standard errors to either side: 95.4 per cent of a normal law
 
 class Estimate(NamedTuple):
@@ -46,8 +46,8 @@ class Estimate(NamedTuple):
     n: tuple[int, ...]
 
     def __str__(self) -> str:
-        sizes = ", ".join(map(str, self.n))
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] (n = {sizes})"
+        interval = f"[{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} {interval} (n = {', '.join(map(str, self.n))})"
 
 
 def proportion(hits: Tensor) -> Estimate:
@@ -76,7 +76,7 @@ def proportion(hits: Tensor) -> Estimate:
     half = math.sqrt(z2 * p * (1 - p) / n + (z2 / (2 * n)) ** 2) / (1 + z2 / n)
     return Estimate(p, middle - half, middle + half, (n,))
 
-# %% ../nbs/23_evaluation.ipynb #25df227a
+# %% ../nbs/23_evaluation.ipynb #f226d03e
 def _estimate(value: float, variance: float, *samples: Tensor) -> Estimate:
     """The value with two standard errors to either side."""
     if not math.isfinite(value) or not math.isfinite(variance):
@@ -85,28 +85,35 @@ def _estimate(value: float, variance: float, *samples: Tensor) -> Estimate:
     return Estimate(value, value - half, value + half, tuple(map(len, samples)))
 
 
-def _pseudo_values(statistic: Callable[..., Any], samples: Sequence[Tensor], i: int, theta: float,
-                   order: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Pseudo-values of sample i and the factors h, ``(g,)`` each."""
-    x, before, after = samples[i], samples[:i], samples[i + 1:]
-    minus, h = [], []
-    for group in order.tensor_split(groups):
-        keep = torch.ones(len(x), dtype=torch.bool).index_fill(0, group, False)
-        minus.append(float(statistic(*before, x[keep.to(x.device)], *after)))
-        h.append(len(x) / len(group))
-    h = torch.tensor(h, dtype=torch.float64)
-    return h * theta - (h - 1) * torch.tensor(minus, dtype=torch.float64), h
+def _numbers(values: Any) -> Tensor:
+    """One number or several in a row as ``(s,)``, float64 on the CPU."""
+    numbers = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    if numbers.ndim > 1 or not numbers.numel():
+        raise ValueError(f"a statistic is a number or a row of them, not {tuple(numbers.shape)}")
+    return numbers.reshape(-1)
 
-# %% ../nbs/23_evaluation.ipynb #01be0d7e
+
+def _pseudo_values(statistic: Callable[..., Any], samples: Sequence[Tensor], i: int,
+                   theta: Tensor, order: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Pseudo-values of sample i, ``(g, s)``, and the factors h, ``(g, 1)``."""
+    x, before, after = samples[i], samples[:i], samples[i + 1:]
+    minus, parts = [], order.tensor_split(groups)
+    for part in parts:
+        keep = torch.ones(len(x), dtype=torch.bool).index_fill(0, part, False)
+        minus.append(_numbers(statistic(*before, x[keep.to(x.device)], *after)))
+    h = torch.tensor([[len(x) / len(part)] for part in parts], dtype=torch.float64)
+    return h * theta - (h - 1) * torch.stack(minus), h
+
+# %% ../nbs/23_evaluation.ipynb #632afb94
 def jackknife(statistic: Callable[..., Any], *samples: Tensor, groups: int = 20,
-              debias: bool = True, seed: int = 0) -> Estimate:
+              debias: bool = True, seed: int = 0) -> Estimate | list[Estimate]:
     """Returns a statistic of one or more independent samples, with bias removed and an interval.
 
     Where the laws are equal and the statistic is of second order in their difference (squared
     distances), the interval is up to 1.4 times as wide as it need be.
 
     Args:
-        statistic: function of the samples that returns one number; called
+        statistic: function of the samples that returns one number, or several in a row; called
             ``1 + groups * len(samples)`` times.
         samples: tensors ``(n, ...)`` of independent draws, each n >= 2.
         groups: at least 2; a sample of fewer draws leaves out one at a time.
@@ -115,7 +122,8 @@ def jackknife(statistic: Callable[..., Any], *samples: Tensor, groups: int = 20,
         seed: of the random split, so that the order of the draws (by label, say) does no harm.
 
     Returns:
-        An ``Estimate``, value and 2 standard errors to either side.
+        An ``Estimate``, value and 2 standard errors to either side; or a list of them, one for
+        each number of the statistic.
 
     Raises:
         TypeError: ``groups`` is not an int.
@@ -128,15 +136,16 @@ def jackknife(statistic: Callable[..., Any], *samples: Tensor, groups: int = 20,
     if require_positive_int("groups", groups) < 2 or not samples or min(map(len, samples)) < 2:
         raise ValueError("a jackknife needs two groups or more, and samples of two draws or more;"
                          f" got groups={groups} and samples of {[len(x) for x in samples]}")
-    theta = value = float(statistic(*samples))
-    generator, variance = torch.Generator().manual_seed(seed), 0.0
+    theta = value = _numbers(statistic(*samples))
+    generator, variance = torch.Generator().manual_seed(seed), torch.zeros_like(theta)
     for i, x in enumerate(samples):
         order = torch.randperm(len(x), generator=generator)
         pseudo, h = _pseudo_values(statistic, samples, i, theta, order, min(groups, len(x)))
-        centre = (pseudo / h).sum()
-        value += (centre.item() - theta) * debias
-        variance += ((pseudo - centre) ** 2 / (h - 1)).mean().item()
-    return _estimate(value, variance, *samples)
+        centre = (pseudo / h).sum(0)
+        value = value + (centre - theta) * debias
+        variance = variance + ((pseudo - centre) ** 2 / (h - 1)).mean(0)
+    found = [_estimate(*both, *samples) for both in torch.stack([value, variance], 1).tolist()]
+    return found if len(found) > 1 else found[0]
 
 # %% ../nbs/23_evaluation.ipynb #49e2ff01
 def _points(name: str, x: Any, least: int) -> Tensor:
@@ -427,7 +436,7 @@ def neighbour_scores(samples: Tensor, data: Tensor, k: int = 5) -> NeighbourScor
     shares = (balls > 0, recalled > 0, balls.double() / k, covered > 0)
     return NeighbourScores(*(share.double().mean().item() for share in shares))
 
-# %% ../nbs/23_evaluation.ipynb #d3c5e2cf
+# %% ../nbs/23_evaluation.ipynb #e736c6a6
 def nearest_distance(x: Tensor, y: Tensor) -> Tensor:
     """Returns the distance from each point of x to the nearest point of y.
 
@@ -443,7 +452,8 @@ def nearest_distance(x: Tensor, y: Tensor) -> Tensor:
         ValueError: empty, not finite, or of different dimensions.
     """
     x, y = _pair(x, y, 1)
-    return torch.cat([block.amin(1) for _, block in _blocks(x, y)])
+    nearest = torch.cat([block.argmin(1) for _, block in _blocks(x, y, torch.cdist)])
+    return (x - y[nearest]).norm(dim=1)
 
 
 def copy_score(samples: Tensor, train: Tensor, held_out: Tensor) -> Estimate:
@@ -481,7 +491,15 @@ def copy_score(samples: Tensor, train: Tensor, held_out: Tensor) -> Estimate:
     variance = lost.var().item() / len(near) + won.var().item() / len(far)
     return _estimate(won.mean().item(), variance, samples, held_out)
 
-# %% ../nbs/23_evaluation.ipynb #66cb8454
+# %% ../nbs/23_evaluation.ipynb #ea12e583
+def _by_group(x: Tensor, y: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Distances to the nearest point of each random group of y, ``(n, g)``; the groups' sizes."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(len(y)))
+    parts = order.tensor_split(min(require_positive_int("groups", groups), len(y)))
+    near = [nearest_distance(x, y[part.to(y.device)]) for part in parts]
+    return torch.stack(near, 1).cpu(), torch.tensor(list(map(len, parts))).double()
+
+
 def copied_share(samples: Tensor, train: Tensor, held_out: Tensor, groups: int = 20) -> Estimate:
     """Returns the share of samples tied to a training point: 0 for an honest model, 1 for copies.
 
@@ -504,14 +522,18 @@ def copied_share(samples: Tensor, train: Tensor, held_out: Tensor, groups: int =
     Reference:
         ``eq-eval-share``.
     """
-    def excess(x: Tensor, seen: Tensor, unseen: Tensor) -> float:
-        near, far = nearest_distance(x, seen), nearest_distance(x, unseen)
-        share = ((near < far).double() + (near <= far).double()).mean().item() / 2
-        chance = len(seen) / (len(seen) + len(unseen))
+    clouds = [_points("each cloud", cloud, 2) for cloud in (samples, train, held_out)]
+    parts = [_by_group(clouds[0], cloud, groups) for cloud in clouds[1:]]
+
+    def excess(rows: Tensor, *kept: Tensor) -> Tensor:
+        near, far = (parts[i][0][rows][:, keep].amin(1) for i, keep in enumerate(kept))
+        seen, unseen = (parts[i][1][keep].sum() for i, keep in enumerate(kept))
+        share, chance = ((near < far).double() + (near <= far)).mean() / 2, seen / (seen + unseen)
         return (share - chance) / (1 - chance)
 
-    clouds = [_points("each cloud", cloud, 2) for cloud in (samples, train, held_out)]
-    return jackknife(excess, *clouds, groups=groups, debias=False)
+    indices = [torch.arange(n) for n in (len(clouds[0]), *[len(sizes) for _, sizes in parts])]
+    share = jackknife(excess, *indices, groups=groups, debias=False)
+    return share._replace(n=tuple(map(len, clouds)))
 
 # %% ../nbs/23_evaluation.ipynb #fee0a2db
 class DigitFeatures(nn.Module):
@@ -571,7 +593,7 @@ def digit_features(*, device: torch.device | str | None = None) -> DigitFeatures
     net.load_state_dict({key: value.float() for key, value in tensors_from_bytes(data).items()})
     return net.eval().requires_grad_(False).to(device)
 
-# %% ../nbs/23_evaluation.ipynb #e597e6c2
+# %% ../nbs/23_evaluation.ipynb #393f0f39
 @torch.no_grad()
 def extract(features: Callable[[Tensor], Tensor], images: Tensor, *,
             batch_size: int = 256) -> Tensor:
@@ -579,7 +601,8 @@ def extract(features: Callable[[Tensor], Tensor], images: Tensor, *,
 
     Args:
         features: any function or module that takes ``(B, ...)`` and returns ``(B, d)`` or
-            ``(B, ...)``: an Inception network of your own, say, without its last layer.
+            ``(B, ...)``: an Inception network of your own, say, without its last layer; see
+            ``diffnotes.report.load_features``.
         images: ``(n, ...)``, on the device that it needs.
         batch_size: images at a time.
 

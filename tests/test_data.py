@@ -1,4 +1,4 @@
-"""The digits and their levels: shapes, ranges, splits, errors."""
+"""Levels, digits, sets of images, splits and augmentation: shapes, ranges, draws, errors."""
 
 import subprocess
 import sys
@@ -9,7 +9,17 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffnotes.data import DIGIT_LEVELS, Levels, digits
+from diffnotes.data import (
+    DIGIT_LEVELS,
+    Images,
+    Levels,
+    digit_images,
+    digits,
+    hflip,
+    random_split,
+    shift,
+    translate,
+)
 
 LEVELS = st.builds(
     lambda count, low, width: Levels(count, low, low + width),
@@ -109,3 +119,159 @@ def test_wrong_dtypes():
             method(torch.arange(3))
     with pytest.raises(ValueError, match="NaN"):
         DIGIT_LEVELS.to_counts(torch.tensor([0.0, float("nan")]))
+
+
+# --- Images ---------------------------------------------------------------------
+
+
+def some_images(n=6, **options):
+    counts = torch.arange(n * 2 * 3 * 4).reshape(n, 2, 3, 4) % 17
+    return Images(counts, torch.arange(n) % 3, DIGIT_LEVELS, **options)
+
+
+def test_items_batches_and_tensors_agree():
+    images = some_images()
+    values, labels = images.tensors()
+    assert values.shape == (6, 2, 3, 4) and values.dtype == torch.float32
+    assert labels.dtype == torch.int64 and len(images) == 6
+    assert images.shape == (2, 3, 4) and images.n_classes == 3 and images.names == ("0", "1", "2")
+    for indices in ([4, 1], torch.tensor([4, 1]), slice(1, 3)):
+        x, y = images.batch(indices)
+        assert torch.equal(x, values[indices]) and torch.equal(y, labels[indices])
+    x, y = images[-1]
+    assert torch.equal(x, values[5]) and y == labels[5]
+    with pytest.raises(IndexError):
+        images[6]
+
+
+def test_images_go_through_a_data_loader():
+    images = some_images()
+    x, y = next(iter(torch.utils.data.DataLoader(images, batch_size=6)))
+    assert torch.equal(x, images.tensors()[0]) and torch.equal(y, images.labels)
+
+
+def test_images_without_labels():
+    images = Images(torch.zeros(3, 1, 2, 2, dtype=torch.int64), names=["unused"])
+    assert images.labels is images.names is images.n_classes is None
+    assert torch.equal(images[0], torch.full((1, 2, 2), -1.0)) and images.batch([0])[1] is None
+    assert images.subset([0, 2]).labels is None and len(images.to("cpu")) == 3
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(2, torch.uint8), (256, torch.uint8),
+                                              (257, torch.int32), (65536, torch.int32)])
+def test_counts_take_as_few_bytes_as_they_need(count, dtype):
+    counts = torch.full((1, 1, 2, 2), count - 1, dtype=torch.int64)
+    images = Images(counts, levels=Levels(count))
+    assert images.counts.dtype == dtype and images[0].eq(1).all()
+
+
+def test_names_outlive_a_subset():
+    images = some_images(names=["a", "b", "c"])
+    few = images.subset(images.labels == 0)
+    assert few.names == ("a", "b", "c") and few.n_classes == 3 and few.levels == images.levels
+    assert torch.equal(few.counts, images.counts[[0, 3]])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((torch.zeros(2, 3, 3, dtype=torch.uint8),), "n, C, H, W"),
+    ((torch.zeros(0, 1, 3, 3, dtype=torch.uint8),), "none 0"),
+    ((torch.full((1, 1, 2, 2), 17), None, Levels(17)), "17 .. 17"),
+    ((torch.full((1, 1, 2, 2), -1),), "-1 .. -1"),
+    ((torch.zeros(2, 1, 2, 2, dtype=torch.uint8), [1]), "2 images"),
+    ((torch.zeros(2, 1, 2, 2, dtype=torch.uint8), [[1], [2]]), "2, 1"),
+    ((torch.zeros(2, 1, 2, 2, dtype=torch.uint8), [-1, 0]), "-1 .. 0"),
+    ((torch.zeros(2, 1, 2, 2, dtype=torch.uint8), [0, 2], Levels(), ["a", "b"]), "0 .. 2"),
+])
+def test_images_that_do_not_fit_together(arguments, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        Images(*arguments)
+
+
+def test_images_need_whole_numbers():
+    for counts in (torch.rand(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool)):
+        with pytest.raises(TypeError, match="counts"):
+            Images(counts)
+    with pytest.raises(TypeError, match="labels"):
+        Images(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), [0.5])
+
+
+@pytest.mark.parametrize("split", ["all", "train", "test"])
+def test_digits_both_ways(split):
+    images, (values, labels) = digit_images(split), digits(split)
+    assert torch.equal(images.tensors()[0], values) and torch.equal(images.labels, labels)
+    assert images.levels == DIGIT_LEVELS and images.n_classes == 10
+
+
+@pytest.mark.parametrize(("held", "count"), [(0.25, 2), (3, 3), (1, 1)])
+def test_random_split_parts_the_whole(held, count):
+    images = Images(torch.arange(8).reshape(8, 1, 1, 1), torch.arange(8))
+    kept, out = random_split(images, held, seed=3)
+    assert len(out) == count
+    assert sorted([*kept.labels.tolist(), *out.labels.tolist()]) == [*range(8)]
+    again = random_split(images, held, seed=3)
+    assert torch.equal(again[1].labels, out.labels)
+    assert out.names == kept.names == images.names
+    assert torch.equal(out.counts.flatten(), out.labels.to(torch.uint8))
+
+
+def test_random_split_depends_on_the_seed():
+    images = digit_images("test")
+    draws = [random_split(images, 100, seed=seed)[1].counts for seed in (0, 1)]
+    assert not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("held", [0, 8, 9, 0.01, 0.999, -1, 2.5])
+def test_senseless_splits(held):
+    with pytest.raises(ValueError, match="both sides"):
+        random_split(Images(torch.zeros(8, 1, 1, 1, dtype=torch.uint8)), held)
+
+
+# --- Augmentation ---------------------------------------------------------------
+
+
+def test_flips_are_all_or_nothing_and_about_half():
+    x = torch.rand(2000, 2, 3, 4)
+    y = hflip(x, torch.Generator().manual_seed(0))
+    flipped = (y == x.flip(-1)).flatten(1).all(1)
+    assert (flipped ^ (y == x).flatten(1).all(1)).all()
+    assert abs(flipped.double().mean() - 0.5) < 4 * 0.5 / 2000**0.5
+    assert torch.equal(y, hflip(x, torch.Generator().manual_seed(0)))
+
+
+def test_translate_moves_down_and_right_and_fills():
+    x = torch.arange(1.0, 13).reshape(1, 1, 3, 4)
+    moved = translate(x, torch.tensor([1]), torch.tensor([-2]), fill=9.0)
+    assert moved[0, 0].tolist() == [[9, 9, 9, 9], [3, 4, 9, 9], [7, 8, 9, 9]]
+    far = translate(x, torch.tensor([30]), torch.tensor([0]))
+    assert far.eq(-1).all() and torch.equal(translate(x, *torch.zeros(2, 1, dtype=int)), x)
+
+
+def test_translate_is_undone_inside_a_margin():
+    x = torch.full((5, 3, 8, 9), -1.0)
+    x[:, :, 2:6, 2:7] = torch.rand(5, 3, 4, 5)
+    down, right = torch.randint(-2, 3, (2, 5))
+    assert torch.equal(translate(translate(x, down, right), -down, -right), x)
+
+
+def test_translate_keeps_the_dtype():
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        x = torch.rand(2, 1, 3, 3).to(dtype)
+        assert translate(x, *torch.ones(2, 2, dtype=int)).dtype == dtype == hflip(x).dtype
+
+
+def test_shifts_are_uniform():
+    x = torch.full((9000, 1, 5, 5), -1.0)
+    x[:, :, 2, 2] = 1
+    y = shift(x, torch.Generator().manual_seed(1), pixels=1)
+    where = (y == 1).double().mean(0)[0]
+    assert (y == 1).sum() == 9000 and where[1:4, 1:4].sum() == 1
+    assert (where[1:4, 1:4] - 1 / 9).abs().max() < 4 * (1 / 9 * 8 / 9 / 9000) ** 0.5
+
+
+def test_senseless_moves():
+    x = torch.zeros(3, 1, 4, 4)
+    for down in (torch.ones(2, dtype=int), torch.ones(3, 1, dtype=int)):
+        with pytest.raises(ValueError, match="3 images need 3 moves"):
+            translate(x, down, torch.ones(3, dtype=int))
+    with pytest.raises(ValueError, match="pixels"):
+        shift(x, pixels=0)

@@ -133,6 +133,25 @@ def test_jackknife_adds_the_errors_of_its_samples():
     assert both.n == (12, 9)
 
 
+def test_jackknife_of_several_numbers_is_the_jackknife_of_each():
+    x, y = clouds(8)
+
+    def both(x, y):
+        return x.mean(), y.var() - x.var()
+
+    together = jackknife(both, x, y, groups=5)
+    apart = [jackknife(lambda x, y, i=i: both(x, y)[i], x, y, groups=5) for i in range(2)]
+    assert len(together) == 2
+    for found, expected in zip(together, apart, strict=True):
+        assert found.n == expected.n == (12, 9)
+        close(f64(found[:3]), f64(expected[:3]))
+    scores = jackknife(neighbour_scores, x, y, groups=3, debias=False)
+    assert [score.value for score in scores] == list(neighbour_scores(x, y))
+    for bad in (torch.zeros(2, 2), torch.zeros(0)):
+        with pytest.raises(ValueError, match="statistic"):
+            jackknife(lambda x, bad=bad: bad, x)
+
+
 def test_jackknife_depends_on_its_seed_alone():
     x = torch.randn(50)
     torch.manual_seed(3)
