@@ -2,7 +2,8 @@
 
 All train the same U-Net on the same images. The contestants run in turn, a few steps each; a
 ratio is the median, over the rounds, of the mean step of one round by that of the bare loop in
-the same round. The first steps of a round are not counted; what comes before them is `start`.
+the same round. The first steps of a round are not counted; `start` is the time to the end of the
+first. Seconds are the processor's, so that a neighbour on the machine counts for less.
 """
 
 import os
@@ -103,8 +104,8 @@ def diffusers(net, data, steps, batch_size, tick):
 
 def seconds(contestant, data, steps, batch_size):
     """Mean seconds of a counted step, and seconds before the first step is done."""
-    net, ticks = unet(), [time.perf_counter()]
-    contestant(net, data, steps + WARM, batch_size, lambda: ticks.append(time.perf_counter()))
+    net, ticks = unet(), [time.process_time()]
+    contestant(net, data, steps + WARM, batch_size, lambda: ticks.append(time.process_time()))
     assert len(ticks) == steps + WARM + 1
     times = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
     return mean(times[WARM:]), times[0]

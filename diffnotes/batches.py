@@ -174,7 +174,14 @@ def _require_labels(y: Tensor | None, n: int, classes: int | None) -> None:
     if isinstance(classes, int) and (low < -1 or high >= classes):
         raise ValueError(f"labels must be -1 (none) or 0 to {classes - 1}; got {low} to {high}")
 
-# %% ../nbs/25_batches.ipynb #0d2d263d
+# %% ../nbs/25_batches.ipynb #0412fa05
+def _item(data: Dataset, index: int, seed: int) -> Any:
+    """An item; whatever it draws from the global generators, the seed decides."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & _WORD), random.seed(seed)
+    return data[index]
+
+
 @contextmanager
 def kept_randomness(device: torch.device) -> Iterator[None]:
     """Puts the global generators of torch, NumPy and Python back as they were.
@@ -192,7 +199,7 @@ def kept_randomness(device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(state), np.random.set_state(numpy_state)
 
-# %% ../nbs/25_batches.ipynb #e397f98e
+# %% ../nbs/25_batches.ipynb #928d4724
 class _Source:
     """Data of any kind, asked for the samples and labels at some indices."""
 
@@ -209,13 +216,6 @@ class _Source:
     def __len__(self) -> int:
         return len(self.data if self.items else self.data[0])
 
-    def _item(self, index: int, place: int) -> Any:
-        """An item; whatever it draws from the global generators, its place decides."""
-        seed = seed_of(self.seed, "items", place)
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed & _WORD), random.seed(seed)
-        return self.data[index]
-
     def __call__(self, indices: Tensor, places: range) -> tuple[Tensor, Tensor | None]:
         if not self.items:
             x, y = self.data
@@ -223,7 +223,8 @@ class _Source:
         if hasattr(self.data, "batch"):
             x, y = _pair(self.data.batch(indices))
         else:
-            items = [self._item(*pair) for pair in zip(indices.tolist(), places, strict=True)]
+            pairs = zip(indices.tolist(), places, strict=True)
+            items = [_item(self.data, i, seed_of(self.seed, "items", p)) for i, p in pairs]
             x, y = _pair(default_collate(items))
         _require_labels(y, len(x), self.classes)
         return x, y

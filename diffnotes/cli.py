@@ -113,7 +113,7 @@ def _application(commands: Sequence[Callable[..., Any]]) -> Any:
         app.command(_dressed(function, cyclopts), name=function.__name__)
     return app
 
-# %% ../nbs/91_cli.ipynb #77d307d4
+# %% ../nbs/91_cli.ipynb #433536c0
 def train(*, data: str, out: Path, process: str = "vp", network: str = "unet",
           predicts: str | None = None, width: int | None = None, depth: int | None = None,
           dropout: float = 0.0, size: int | None = None, flip: bool = False,
@@ -133,8 +133,8 @@ def train(*, data: str, out: Path, process: str = "vp", network: str = "unet",
         diffnotes train --data digits --out runs/digits --minutes 1 --resume
 
     The folder holds the averaged model (config.json, model.safetensors), which can be sampled at
-    any moment; checkpoints, from which the same line with --resume goes on exactly; log.jsonl.
-    Several processes: torchrun --nproc_per_node 2 -m diffnotes.cli train ...
+    any moment; checkpoints, from which the same line with ``--resume`` goes on exactly; log.jsonl.
+    Several processes: ``torchrun --nproc_per_node 2 -m diffnotes.cli train ...``
 
     Args:
         data: digits, which come with the package; or a folder or file of your own: idx files as
@@ -256,7 +256,7 @@ def _labels(cond: str | None, n: int, classes: int | None) -> Tensor | None:
         raise ValueError(f"--cond must be from 0 to {classes - 1}; got {cond}")
     return labels[torch.arange(n) % len(labels)]
 
-# %% ../nbs/91_cli.ipynb #3936a2ce
+# %% ../nbs/91_cli.ipynb #3e1a144d
 _SAMPLER = inspect.signature(samplers.sample).parameters["sampler"].default
 
 
@@ -278,7 +278,7 @@ def sample(model: str, /, *, n: int = 64, out: Path = Path("samples.png"), sampl
     Args:
         model: folder of a run or of a saved denoiser, or a name that comes with the package.
         n: number of samples.
-        out: file to write, .png, .gif or .npz; one that exists is kept unless --force.
+        out: file to write, .png, .gif or .npz; one that exists is kept unless ``--force``.
         sampler: which sampler.
         steps: its number of times; what is usual with it if left out.
         cond: label to ask for, several in turn as in 3,1,4, or none; all in turn if left out.
@@ -318,7 +318,7 @@ def _columns(labels: Tensor | None) -> int | None:
     kinds = 0 if labels is None else len(labels.unique())
     return kinds if 1 < kinds <= 20 else None
 
-# %% ../nbs/91_cli.ipynb #df7c152c
+# %% ../nbs/91_cli.ipynb #54eccc17
 def evaluate(model: str, /, *, data: str | None = None, n: int = 1000, sampler: str = _SAMPLER,
              steps: int | None = None, guidance: float = 1.0, bits: int = 0, seed: int = 0,
              batch_size: int = 250, out: Path | None = None, device: str = "auto",
@@ -340,7 +340,7 @@ def evaluate(model: str, /, *, data: str | None = None, n: int = 1000, sampler: 
         bits: number of test images to price in bits/dim.
         seed: of the noise, the labels and the division of the data.
         batch_size: most samples at a time.
-        out: JSON file for all the numbers; one that exists is kept unless --force.
+        out: JSON file for all the numbers; one that exists is kept unless ``--force``.
         device: cpu, cuda, cuda:1 ...; a GPU if there is one.
         force: replace a file that exists.
 

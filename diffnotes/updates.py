@@ -103,7 +103,7 @@ def fill_state(state: State, stored: dict[str, Tensor]) -> None:
     for name, tensor in state_tensors(state).items():
         tensor.copy_(stored[name])
 
-# %% ../nbs/25_updates.ipynb #b5e88582
+# %% ../nbs/25_updates.ipynb #516cae13
 def _accelerate() -> ModuleType:
     """Hugging Face Accelerate, imported without the remarks of its progress bars."""
     try:
@@ -115,7 +115,7 @@ def _accelerate() -> ModuleType:
         raise ImportError(message) from None
     return accelerate
 
-
+# %% ../nbs/25_updates.ipynb #e623a9a2
 @contextmanager
 def accelerator(device: torch.device, precision: str = "no",
                 unused: bool = False) -> Iterator[Any]:

@@ -116,6 +116,15 @@ def test_png(say, tmp_path):
     assert say(*DRAW, "--out", "wide.png", "--columns", 4)[0] == 0
     wide = Image.open(tmp_path / "wide.png")
     assert wide.width > 3 * wide.height
+    assert say("sample", "digits", "-n", 20, "--steps", 1, "--out", "classes.png")[0] == 0
+    classes = Image.open(tmp_path / "classes.png")
+    assert classes.width / classes.height == 91 / 19, "ten columns of 8 + 1 pixels, two rows"
+
+
+def test_a_folder_goes_before_a_name(say):
+    mine = Denoiser(networks.MLP(64, 8, 1), VE(), "eps", shape=(1, 8, 8))
+    pretrained.save(mine, "digits")
+    assert "MLP" in say("info", "digits")[1]
 
 
 def test_gif(say, tmp_path):
@@ -402,6 +411,25 @@ def test_fresh_denoiser_depends_on_the_seed_alone():
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert first.net.n_classes is None and first.shape == (1, 8, 8)
+    other = habits.fresh_denoiser(images, network="mlp", width=8, depth=1, seed=2)
+    assert not torch.equal(other.net.first.weight, first.net.first.weight)
+    spread = images.tensors()[0].std().item()
+    assert abs(first.sigma_data - spread) < 1e-3, "four digits of it"
+
+
+def test_halvings():
+    sizes = {(8, 8): 1, (28, 28): 2, (64, 64): 3, (256, 256): 3, (27, 28): 0, (12, 64): 1}
+    assert {size: habits._halvings(*size) for size in sizes} == sizes
+
+
+def test_film_frames_are_at_the_size_of_the_data():
+    process, x = VE(), torch.full((2, 1, 3, 3), 25.0)
+    film = pictures.Film(process, (-1.0, 1.0), every=2)
+    for i in range(4):
+        film(i, 1.0, x, x)
+    frames = film.frames()
+    assert len(frames) == 2 and frames[0].shape == (2, 3, 3, 1)
+    assert (frames[0] == round(255 * (1 + 25 / 2501**0.5) / 2)).all()  # sigma(1) = 50, alpha = 1
 
 
 def test_page_layout():

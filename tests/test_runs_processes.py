@@ -91,15 +91,15 @@ def die_at(name, n, after):
 begun = time.monotonic()
 assert attempt(OUT / "whole") == 0
 took, killed = time.monotonic() - begun, 0
-for seed in range(4):
+for seed in range(3):
     out, dice = OUT / f"time{seed}", random.Random(seed)
     for _ in range(3):
         status = attempt(out, delay=dice.uniform(0, 0.8 * took))
         assert status in (0, -9), status
         killed += status == -9
     assert attempt(out) == 0 and same(out), out
-assert killed >= 6, killed
-for name, counts in (("replace", range(1, 40, 5)), ("fsync", range(1, 70, 9))):
+assert killed >= 4, killed
+for name, counts in (("replace", range(1, 40, 9)), ("fsync", range(2, 70, 15))):
     for n in counts:
         out = OUT / f"{name}{n}"
         status = attempt(out, lambda: die_at(name, n, after=n % 2 == 1))
@@ -172,7 +172,7 @@ def call(*command, **environment):
 
 def test_killed_and_resumed_is_as_if_never_killed(tmp_path):
     printed = call(*script(tmp_path, KILLS))
-    assert "done" in printed and int(printed.split()[1]) >= 20
+    assert "done" in printed and int(printed.split()[1]) >= 12
 
 
 @pytest.fixture(scope="module")
