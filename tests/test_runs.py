@@ -426,7 +426,7 @@ def test_precisions_in_turn_and_the_state_of_accelerate():
 
 def test_compiled_steps_are_the_same_to_rounding():
     wide = lambda **options: flat(quick(  # noqa: E731
-        model().to(torch.float64), POINTS.double(), steps=3, **options))
+        model().to(torch.float64), (POINTS.double(), LABELS), steps=3, **options))
     torch.testing.assert_close(wide(compile=True), wide(), atol=1e-9, rtol=0)
 
 
