@@ -29,5 +29,6 @@ setup(
     ],
     install_requires=settings["requirements"].split(),
     extras_require=extras,
+    entry_points={"console_scripts": [settings["console_scripts"]]},
     zip_safe=False,
 )

@@ -16,8 +16,8 @@ from torch import nn  # noqa: E402
 from diffnotes.denoisers import Denoiser  # noqa: E402
 from diffnotes.networks import UNet  # noqa: E402
 from diffnotes.processes import VP  # noqa: E402
+from diffnotes.runs import train  # noqa: E402
 from diffnotes.samplers import nfe, sample, time_grid  # noqa: E402
-from diffnotes.training import train  # noqa: E402
 
 PROCESS = VP()
 STEPS = 50

@@ -29,8 +29,11 @@ from .likelihood import log_likelihood
 from .data import Images, digits
 from .sources import open_data
 from .networks import MLP, DiT, UNet
-from .training import loss, train
-from .pretrained import load, load_pretrained, save
+from .training import loss
+from .pretrained import from_pretrained, load, load_pretrained, push_to_hub, save
+from .runs import posthoc, train
+from .interop import adapt, audit, clipped, from_diffusers, to_diffusers
+from .report import evaluate
 
 __all__ = [
     "check", "check_mc", "check_symbolic",
@@ -45,6 +48,9 @@ __all__ = [
     "log_likelihood",
     "Images", "digits", "open_data",
     "MLP", "UNet", "DiT",
-    "loss", "train",
-    "save", "load", "load_pretrained",
+    "loss",
+    "save", "load", "load_pretrained", "push_to_hub", "from_pretrained",
+    "train", "posthoc",
+    "adapt", "audit", "clipped", "from_diffusers", "to_diffusers",
+    "evaluate",
 ]

@@ -6,18 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffnotes import networks, pretrained, processes
+from diffnotes import networks, processes
 from diffnotes.denoisers import Denoiser, guided
 from diffnotes.mixtures import Empirical
-from diffnotes.pretrained import list_pretrained, load, load_pretrained, read_config, save
+from diffnotes.pretrained import (
+    from_pretrained,
+    list_pretrained,
+    load,
+    load_pretrained,
+    model_card,
+    push_to_hub,
+    read_config,
+    save,
+)
 from diffnotes.processes import EDM, VE, VP, Cosine, Discrete, Flow, SubVP
 
 WEIGHTS, CONFIG, PREVIOUS = "model.safetensors", "config.json", "model.safetensors.previous"
+CARD = "README.md"
 
 
 def stirred(net):
@@ -150,14 +161,27 @@ def test_tied_weights(folder):
 
 
 def test_the_sentence_can_be_read(folder):
-    save(make(), folder, data_range=(-1, 1), info={"data": "moons", "steps": 7})
+    save(make(), folder, data_range=(-1, 1), levels=17, info={"data": "moons", "steps": 7})
     config = read_config(folder)
     assert config == json.loads((folder / CONFIG).read_text())
     assert config["data_range"] == [-1.0, 1.0] and config["info"] == {"data": "moons", "steps": 7}
+    assert config["levels"] == 17
     assert config["network"]["name"] == "MLP" and config["process"]["name"] == "VP"
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     assert config["weights_sha256"] == digest
     assert len((folder / CONFIG).read_text().splitlines()) == len(config) + 2
+
+
+@pytest.mark.parametrize("levels", [1, 0, -3, 2.5, True, "17"])
+def test_senseless_levels(folder, levels):
+    with pytest.raises((TypeError, ValueError), match="count"):
+        save(make(), folder, levels=levels)
+    assert not folder.exists()
+
+
+def test_files_from_before_there_were_levels(saved):
+    edit(saved, levels=...)
+    assert read_config(saved)["levels"] is None and same(load(saved), make())
 
 
 # --- Fewer bits ---------------------------------------------------------------
@@ -284,14 +308,18 @@ def test_a_file_is_no_folder(folder):
 def test_a_folder_that_cannot_be_written(saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     if getattr(os, "geteuid", int)() == 0:  # nothing is closed to root
-        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        monkeypatch.setattr(builtins, "open", closed)
     saved.chmod(0o555)
     try:
-        with pytest.raises(PermissionError, match=f"{saved} cannot be written"):
+        with pytest.raises(OSError, match=f"{saved} could not be written.*[Pp]ermission denied"):
             save(make(1), saved)
     finally:
         saved.chmod(0o755)
     assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+
+
+def closed(path, *args):
+    raise PermissionError(13, "permission denied")
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -345,11 +373,10 @@ def test_a_failing_disk(saved, monkeypatch):
 
 
 def test_a_failing_writer(saved, monkeypatch):
-    def half_a_file(tensors, path):
-        path.write_bytes(b"half")
+    def interrupted(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrained, "save_file", half_a_file)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(make(1), saved)
     assert same(load(saved), make(0)) and sorted(os.listdir(saved)) == [CONFIG, WEIGHTS]
@@ -389,10 +416,41 @@ def test_leftovers_of_a_finished_save_do_no_harm(saved, monkeypatch):
     save(make(1), saved)
     (saved / PREVIOUS).write_bytes(old)
     assert same(load(saved), make(1))
-    monkeypatch.setattr(pretrained, "save_file", lambda *args: 1 / 0)
+    monkeypatch.setattr(os, "fsync", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save(make(2), saved)
     assert same(load(saved), make(1))
+
+
+FULL = """
+import resource, sys
+import torch
+from diffnotes import networks, pretrained, processes
+from diffnotes.denoisers import Denoiser
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+try:
+    wide = networks.MLP(2, hidden=64, depth=1)
+    pretrained.save(Denoiser(wide, processes.VP(), "v", (2,)), sys.argv[1])
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100, 4096, 40_000])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_full_disk(folder, limit, there):
+    """A process that may write no more than so many bytes into a file."""
+    pytest.importorskip("resource")
+    if there:
+        save(make(), folder)
+    done = subprocess.run([sys.executable, "-c", FULL, folder, str(limit)], capture_output=True,
+                          text=True)
+    message = f"{folder} could not be written, and holds what it held before: File too large"
+    assert done.returncode == 1 and done.stderr.splitlines() == [message]
+    assert sorted(os.listdir(folder)) == ([CONFIG, WEIGHTS] if there else [])
+    assert not there or same(load(folder), make())
+    save(make(2), folder)
+    assert same(load(folder), make(2))
 
 
 def test_other_files_stay(saved):
@@ -467,8 +525,8 @@ def test_bytes_that_are_no_text(saved):
     [
         ({"format": "diffusers"}, "not written by diffnotes"),
         ({"format": ...}, "not written by diffnotes"),
-        ({"version": 2}, "format version 2, this diffnotes reads version 1"),
-        ({"version": ...}, "format version None"),
+        ({"version": 2}, "config.json has version 2, we read 1"),
+        ({"version": ...}, "has version None"),
         ({"network": ..., "time": ...}, "lacks network, time"),
         ({"weights_sha256": ...}, "lacks weights_sha256"),
         ({"network": {"name": "Transformer"}}, "Transformer"),
@@ -530,6 +588,162 @@ def test_a_pickle_in_their_place_is_not_run(saved, tmp_path):
     with pytest.raises(ValueError, match="no safetensors file"):
         load(saved)
     assert not (tmp_path / "sprung").exists()
+
+
+# --- Cards and the Hub ---
+
+
+class Hub:
+    """A folder in the Hub's place."""
+
+    def __init__(self, shelf):
+        self.shelf, self.made, self.commits, self.token = shelf, [], [], None
+
+    def client(self, token=None):
+        self.token = token
+        return self
+
+    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+        assert exist_ok
+        self.made.append((repo_id, private))
+
+    def create_commit(self, repo_id, operations, *, commit_message, revision=None):
+        folder = self.shelf / repo_id
+        folder.mkdir(parents=True, exist_ok=True)
+        for add in operations:
+            (folder / add.path_in_repo).write_bytes(add.path_or_fileobj)
+        self.commits.append((repo_id, sorted(add.path_in_repo for add in operations), revision))
+        return SimpleNamespace(commit_url=f"hub:{repo_id}/{len(self.commits)}")
+
+    def snapshot_download(self, repo_id, *, revision=None, token=None, allow_patterns=None):
+        self.token = token
+        assert allow_patterns == [CONFIG, WEIGHTS]
+        if not (self.shelf / repo_id).is_dir():
+            raise ConnectionError("404 Client Error.\n\nRepository Not Found")
+        return str(self.shelf / repo_id)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    library = pytest.importorskip("huggingface_hub")
+    fake = Hub(tmp_path / "hub")
+    monkeypatch.setattr(library, "HfApi", fake.client)
+    monkeypatch.setattr(library, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+def test_there_and_back(hub, saved):
+    card = model_card(saved, "Moons")
+    assert push_to_hub(saved, "a/moons", card=card, private=True, token="key") == "hub:a/moons/1"
+    assert hub.made == [("a/moons", True)] and hub.token == "key"
+    assert hub.commits == [("a/moons", [CARD, CONFIG, WEIGHTS], None)]
+    assert (hub.shelf / "a/moons" / CARD).read_text() == card
+    again = from_pretrained("a/moons", revision="main", token="other")
+    assert same(again, make()) and not again.net.training and hub.token == "other"
+    assert from_pretrained("a/moons", device="meta").device.type == "meta"
+
+
+def test_a_denoiser_goes_without_a_folder(hub):
+    push_to_hub(make(3), "a/moons", revision="trial")
+    assert same(from_pretrained("a/moons"), make(3)) and hub.commits[0][2] == "trial"
+    assert (hub.shelf / "a/moons" / CARD).read_text().startswith("---\nlibrary_name: diffnotes\n")
+
+
+def test_the_folders_own_card(hub, saved):
+    (saved / CARD).write_text("# Mine", encoding="utf-8")
+    push_to_hub(saved, "a/moons")
+    assert (hub.shelf / "a/moons" / CARD).read_text() == "# Mine"
+
+
+def test_what_does_not_load_is_not_sent(hub, saved, tmp_path):
+    (saved / WEIGHTS).write_bytes(b"half")
+    with pytest.raises(ValueError, match="damaged, cut short"):
+        push_to_hub(saved, "a/moons")
+    with pytest.raises(FileNotFoundError, match="holds no saved denoiser"):
+        push_to_hub(tmp_path / "nowhere", "a/moons")
+    with pytest.raises(TypeError, match="only a time with a name"):
+        push_to_hub(make(time=lambda t: t), "a/moons")
+    assert not hub.made and not hub.commits
+
+
+def test_a_server_that_refuses(hub, saved, monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("403 Forbidden:\n\n  no write access")
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    with pytest.raises(OSError) as caught:
+        push_to_hub(saved, "a/moons")
+    assert str(caught.value) == "a/moons was not sent to the Hub: 403 Forbidden: no write access"
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    with pytest.raises(OSError) as caught:
+        from_pretrained("a/unknown")
+    assert str(caught.value) == ("a/unknown is no folder, and was not fetched from the Hub: "
+                                 "404 Client Error. Repository Not Found")
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
+def test_what_comes_from_the_hub_is_not_trusted(hub, saved, damage):
+    push_to_hub(saved, "a/moons")
+    there = hub.shelf / "a/moons"
+    if damage == "cut":
+        (there / WEIGHTS).write_bytes((there / WEIGHTS).read_bytes()[:-1])
+    elif damage == "foreign":
+        (there / CONFIG).write_text('{"_class_name": "UNet2DModel"}')
+    else:
+        (there / CONFIG).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="damaged|not written by|holds no"):
+        from_pretrained("a/moons")
+
+
+def test_a_folder_comes_first(hub, saved, tmp_path, monkeypatch):
+    assert same(from_pretrained(saved), make()) and same(from_pretrained(str(saved)), make())
+    monkeypatch.chdir(tmp_path)
+    push_to_hub(make(4), "a/moons")
+    save(make(5), "a/moons")
+    assert same(from_pretrained("a/moons"), make(5))
+    for nowhere in (tmp_path / "gone", "gone", "./a/b/c", "../gone"):
+        with pytest.raises(OSError, match="holds no saved denoiser|no folder"):
+            from_pretrained(nowhere)
+
+
+def test_no_network():
+    """The real client, told to stay at home: one line."""
+    pytest.importorskip("huggingface_hub")
+    code = """
+from diffnotes.pretrained import from_pretrained
+try:
+    from_pretrained("a/b")
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.stdout.startswith("a/b is no folder, and was not fetched from the Hub: ")
+    assert len(done.stdout.splitlines()) == 1 and not done.stderr, done.stderr
+
+
+def test_without_the_client_library(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    needed = r"needs huggingface_hub: pip install 'diffnotes\[train\]'"
+    with pytest.raises(ImportError, match=needed):
+        push_to_hub(saved, "a/moons")
+    with pytest.raises(ImportError, match=needed):
+        from_pretrained("a/moons")
+    assert same(from_pretrained(saved), make())
+
+
+def test_the_card(folder):
+    save(make(), folder, data_range=(0, 1), levels=256, info={"steps": 7})
+    card = model_card(folder, "Moons", license="mit", about={"Data": "two moons", "Limits": "all"})
+    head, body = card.split("---\n\n", 1)
+    assert head == "---\nlicense: mit\nlibrary_name: diffnotes\ntags: [diffusion]\n"
+    headings = [line for line in body.splitlines() if line.startswith("#")]
+    assert headings == ["# Moons", "## Data", "## Limits", "## What it is"]
+    for row in ("| levels | `256` |", "| data_range | `[0.0, 1.0]` |", "| steps | `7` |",
+                '| process | `{"name": "VP", "beta_min": 0.1, "beta_max": 20.0}` |'):
+        assert row in body.splitlines()
+    with pytest.raises(FileNotFoundError, match="holds no saved denoiser"):
+        model_card(folder / "nowhere", "Moons")
 
 
 # --- The models that ship -----------------------------------------------------

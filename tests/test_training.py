@@ -1,6 +1,7 @@
-"""Training: the loss, times, averages, and runs that repeat or stop as they should."""
+"""Training: losses, time samplers and their weights, averages and what is made of them."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -8,19 +9,36 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
 
 from diffnotes.ddpm import simple_loss
 from diffnotes.denoisers import Denoiser
 from diffnotes.mixtures import GaussianMixture
-from diffnotes.networks import MLP, UNet
+from diffnotes.networks import MLP
 from diffnotes.processes import EDM, VE, VP, Cosine, Discrete, Flow, SubVP, linear_betas
-from diffnotes.training import WEIGHTINGS, draw_times, ema_decay, ema_update, loss, train
+from diffnotes.training import (
+    TIMES,
+    WEIGHTINGS,
+    draw_times,
+    ema_decay,
+    ema_update,
+    gamma_of,
+    importance_times,
+    level_means,
+    log_normal_times,
+    log_snr_times,
+    loss,
+    posthoc_weights,
+    power_decay,
+    profile_products,
+    uniform_times,
+)
 
 PROCESSES = [VP(), VE(), SubVP(), Cosine(), EDM(), Flow(), Discrete(linear_betas(50))]
 each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
+each_times = pytest.mark.parametrize("times", TIMES)
 POINTS = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3
+HEIGHTS = torch.tensor([3.0, 0.1, 1.0, 1.0, 7.0]).double()
 
 
 def model(predicts="v", process=None, seed=0, **options):
@@ -30,18 +48,18 @@ def model(predicts="v", process=None, seed=0, **options):
     return Denoiser(net, process or Cosine(), predicts, (2,), sigma_data=0.8)
 
 
-def flat(denoiser):
-    return torch.cat([p.detach().flatten() for p in denoiser.parameters()])
-
-
-def quick(denoiser, data=POINTS, **options):
-    return train(denoiser, data, **{"steps": 5, "batch_size": 8, "progress": False} | options)
-
-
 def draws(n=6):
     generator = torch.Generator().manual_seed(1)
     eps = torch.randn(n, 2, dtype=torch.float64, generator=generator)
     return POINTS[:n].double(), (torch.arange(n).double() + 0.5) / n, eps
+
+
+def chain_for(weighting):
+    return Discrete(linear_betas(50)) if weighting == "vlb" else None
+
+
+def middles(n):
+    return (torch.arange(n).double() + 0.5) / n
 
 
 # --- The loss -----------------------------------------------------------------
@@ -59,14 +77,15 @@ def test_simple_is_the_simple_loss(process, predicts):
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_weighting_is_least_at_the_posterior_mean(weighting):
+    process = chain_for(weighting) or VP()
     law = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]).double(), 0.2)
     x0 = law.sample(4000, generator=torch.Generator().manual_seed(0))
     eps = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1)).double()
-    t = 0.2 + 0.6 * draw_times(VP(), 4000).double()
-    exact, least = law.denoiser(VP()), {}
+    t = 0.2 + 0.6 * middles(4000)
+    exact, least = law.denoiser(process), {}
     for shift in (-0.1, 0.0, 0.1):
         shifted = lambda x, t, cond, shift=shift: exact(x, t) + shift  # noqa: E731
-        biased = Denoiser(shifted, VP(), "x0", (2,), sigma_data=1.0)
+        biased = Denoiser(shifted, process, "x0", (2,), sigma_data=1.0)
         least[shift] = loss(biased, x0, t=t, eps=eps, weighting=weighting).mean().item()
     assert least[0.0] < min(least[-0.1], least[0.1])
 
@@ -74,7 +93,7 @@ def test_every_weighting_is_least_at_the_posterior_mean(weighting):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_loss_shape_dtype_and_gradient(weighting):
     x0, t, eps = draws()
-    net = model().to(torch.float64)
+    net = model(process=chain_for(weighting)).to(torch.float64)
     value = loss(net, x0, t=t, eps=eps, weighting=weighting)
     assert value.shape == (6,) and value.dtype == torch.float64 and (value >= 0).all()
     grads = torch.autograd.grad(value.sum(), list(net.parameters()), allow_unused=True)
@@ -93,11 +112,12 @@ def test_loss_shape_dtype_and_gradient(weighting):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_loss_at_one_time_for_all(weighting):
     x0, _, eps = draws()
-    net = model().to(torch.float64)
+    net = model(process=chain_for(weighting)).to(torch.float64)
     expected = loss(net, x0, t=torch.full((6,), 0.5).double(), eps=eps, weighting=weighting)
     for t in (0.5, torch.tensor(0.5).double()):
         torch.testing.assert_close(loss(net, x0, t=t, eps=eps, weighting=weighting), expected)
-    assert loss(net.to(torch.float32), x0.float(), t=0.5, eps=eps.float()).dtype == torch.float32
+    half = loss(net.to(torch.float32), x0.float(), t=0.5, eps=eps.float(), weighting=weighting)
+    torch.testing.assert_close(half.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_is_a_mean_over_a_sample():
@@ -107,36 +127,192 @@ def test_loss_is_a_mean_over_a_sample():
     torch.testing.assert_close(value, torch.full((4,), 4.0))
 
 
+def test_min_snr_is_finite_where_the_signal_is_gone_and_where_the_noise_is():
+    x0, _, eps = draws()
+    values = loss(model("v"), x0.float(), t=torch.tensor([0.0, 1.0, 0.5] * 2), eps=eps.float(),
+                  weighting="min_snr")
+    assert values.isfinite().all() and values[1] == 0 and values[2] > 0
+
+
+def test_the_bound_takes_the_nearest_step():
+    chain, (x0, _, eps) = Discrete(linear_betas(50)), draws()
+    for t, step in ((0.5, 0.5), (0.501, 0.5), (0.02, 0.02)):
+        found = WEIGHTINGS["vlb"][1](chain, torch.tensor(t))
+        torch.testing.assert_close(found, WEIGHTINGS["vlb"][1](chain, torch.tensor(step)))
+    with pytest.raises(ValueError, match="needs a Discrete process, got Cosine"):
+        loss(model(), x0.float(), t=0.5, eps=eps.float(), weighting="vlb")
+
+
 def test_unknown_weighting_lists_the_valid_ones():
     x0, t, eps = draws()
-    for call in (lambda: loss(model(), x0, t=t, eps=eps, weighting="snr"),
-                 lambda: quick(model(), weighting="snr")):
-        with pytest.raises(ValueError) as error:
-            call()
-        assert all(name in str(error.value) for name in WEIGHTINGS)
+    with pytest.raises(ValueError) as error:
+        loss(model(), x0, t=t, eps=eps, weighting="snr")
+    assert all(name in str(error.value) for name in WEIGHTINGS)
 
 
 # --- Times --------------------------------------------------------------------
 
 
 @each_process
+@each_times
 @pytest.mark.parametrize("n", [1, 7, 128])
-def test_times_one_in_each_part(process, n):
-    t = draw_times(process, n, generator=torch.Generator().manual_seed(0))
-    assert t.shape == (n,) and t.dtype == torch.float32 and (t.diff() >= 0).all()
+def test_times_are_times_and_repeat(process, times, n):
+    first, again, other = (draw_times(process, n, times=times,
+                                      generator=torch.Generator().manual_seed(seed))
+                           for seed in (0, 0, 1))
+    for x in first:
+        assert x.shape == (n,) and x.dtype == torch.float32 and x.isfinite().all()
+    t, weight = first
+    assert (t.diff() >= 0).all() and (weight > 0).all() and torch.equal(t, again[0])
+    assert process.t_min * (1 - 1e-6) <= t.min() and t.max() <= process.t_max * (1 + 1e-6)
+    assert n < 7 or not torch.equal(t, other[0])
     if isinstance(process, Discrete):
         k = t.double() * process.n_steps
         torch.testing.assert_close(k, k.round(), rtol=0, atol=1e-4)
-        assert k.min() >= 0.5 and k.max() <= process.n_steps + 0.5
-    else:
+
+
+@each_process
+@pytest.mark.parametrize("n", [1, 7, 128])
+def test_uniform_times_one_in_each_part(process, n):
+    t, weight = draw_times(process, n)
+    assert (weight == 1).all()
+    if not isinstance(process, Discrete):
         share = (t - process.t_min) / (process.t_max - process.t_min) * n
         assert ((share - torch.arange(n) > -1e-3) & (share - torch.arange(n) < 1 + 1e-3)).all()
-        assert t.min() >= process.t_min * (1 - 1e-6) and t.max() <= process.t_max
+
+
+def test_independent_times_leave_strata_empty():
+    t, _ = draw_times(VE(), 1000, low_discrepancy=False,
+                      generator=torch.Generator().manual_seed(0))
+    filled = (t * 1000).long().unique().numel()
+    assert abs(filled / 1000 - (1 - 1 / math.e)) < 0.06
+    assert draw_times(VE(), 1000)[0].mul(1000).long().unique().numel() > 995
 
 
 def test_chain_steps_are_equally_likely():
-    t = draw_times(Discrete(linear_betas(50)), 20_000)
+    t, _ = draw_times(Discrete(linear_betas(50)), 20_000)
     assert (t * 50).round().long().bincount(minlength=51).tolist() == [0] + 50 * [400]
+
+
+def test_a_chain_that_starts_without_noise_starts_later():
+    chain = Discrete([0.0, 0.1, 0.2, 0.3])
+    for times in TIMES:
+        t, weight = draw_times(chain, 999, times=times)
+        assert t.min() >= 0.5 and weight.isfinite().all()
+    k = draw_times(chain, 999)[0] * 4
+    assert k.round().long().bincount().tolist() == [0, 0] + 3 * [333]
+
+
+@each_process
+@pytest.mark.parametrize("sampler", [
+    uniform_times, log_snr_times, lambda p, u: importance_times(p, u, HEIGHTS),
+    lambda p, u: importance_times(p, u, HEIGHTS, base=log_snr_times)])
+def test_weights_keep_the_uniform_objective(process, sampler):
+    u = middles(200_000)
+    t, weight = sampler(process, u)
+    plain, _ = uniform_times(process, u)
+    for h in (torch.ones_like, torch.square, lambda t: torch.cos(9 * t)):
+        torch.testing.assert_close((weight * h(t)).mean(), h(plain).mean(), rtol=0, atol=2e-4)
+
+
+@each_process
+def test_times_uniform_in_the_log_snr(process):
+    u = middles(1000)
+    t, weight = log_snr_times(process, u)
+    if isinstance(process, Discrete):
+        factor = WEIGHTINGS["likelihood"][1](process, t)
+        torch.testing.assert_close(weight * factor, (weight * factor)[:1].expand(1000))
+    else:
+        high, low = (process.log_snr(end) for end in (process.t_min, process.t_max))
+        torch.testing.assert_close(process.log_snr(t), high + (low - high) * u)
+
+
+def test_heights_are_frequencies():
+    t, weight = importance_times(VE(), middles(10_000), HEIGHTS)
+    counted = (t * 5).long().bincount(minlength=5) / 10_000
+    torch.testing.assert_close(counted.double(), HEIGHTS / HEIGHTS.sum(), rtol=0, atol=2e-4)
+    cell = (t * 5).long()
+    torch.testing.assert_close(weight, HEIGHTS.mean() / HEIGHTS[cell])
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0])
+@each_process
+def test_ends_of_u(process, u):
+    ends = torch.tensor([u], dtype=torch.float64)
+    for sampler in (*TIMES.values(), lambda p, u: importance_times(p, u, HEIGHTS)):
+        t, weight = sampler(process, ends)
+        assert process.t_min <= t + 1e-9 and t <= process.t_max + 1e-9
+        assert weight.isfinite().all() and (weight > 0).all()
+
+
+@each_process
+def test_log_normal_noise_levels(process):
+    t, weight = log_normal_times(process, middles(20_000), mean=-0.5, std=0.5)
+    level = -process.log_snr(t) / 2
+    assert (weight == 1).all()
+    assert abs(level.mean() + 0.5) < 0.03 and abs(level.std() - 0.5) < 0.03
+
+
+def test_logit_normal_is_log_normal_on_the_straight_line():
+    t, _ = log_normal_times(Flow(), middles(1000), mean=0.3, std=0.9)
+    expected = torch.sigmoid(0.3 + 0.9 * torch.special.ndtri(middles(1000)))
+    torch.testing.assert_close(t, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("arguments", [dict(std=0.0), dict(std=-1.0), dict(mean=200.0, std=0.1)])
+def test_senseless_log_normals(arguments):
+    with pytest.raises(ValueError, match="no such noise level"):
+        log_normal_times(VP(), middles(4), **arguments)
+
+
+@pytest.mark.parametrize("heights", [
+    torch.zeros(3), torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.ones(2, 2)])
+def test_senseless_heights(heights):
+    with pytest.raises(ValueError, match="heights"):
+        importance_times(VP(), middles(4), heights)
+
+
+def test_times_of_ones_own():
+    t, weight = draw_times(VP(), 8, times=lambda u: (u**2, 2 * u),
+                           generator=torch.Generator().manual_seed(0))
+    u = (torch.arange(8) + torch.rand(8, generator=torch.Generator().manual_seed(0))) / 8
+    torch.testing.assert_close(t, u**2)
+    torch.testing.assert_close(weight, 2 * u)
+    with pytest.raises(ValueError, match=r"two \(8,\) tensors; got shapes \(8,\) and \(1,\)"):
+        draw_times(VP(), 8, times=lambda u: (u, torch.ones(1)))
+
+
+def test_senseless_calls():
+    for n, error in ((0, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match="n must be"):
+            draw_times(VP(), n)
+    with pytest.raises(ValueError) as caught:
+        draw_times(VP(), 3, times="sobol")
+    assert all(name in str(caught.value) for name in TIMES)
+
+
+@each_process
+def test_level_means(process):
+    t, values = draw_times(process, 5000)[0].double(), torch.rand(5000).double()
+    found = level_means(process, t, values, 7)
+    high, low = (process.log_snr(end).item() for end in (process.t_min, process.t_max))
+    edges = np.linspace(high, low, 8)
+    level = process.log_snr(t)
+    for i in range(7):
+        inside = values[(level < edges[i] - 1e-6) & (level > edges[i + 1] + 1e-6)]
+        if len(inside) > 20:
+            assert abs(inside.mean() - found[i]) < 0.15
+    assert found.shape == (7,) and torch.isclose(
+        level_means(process, t, values, 1)[0], values.mean())
+
+
+def test_level_means_of_nothing():
+    found = level_means(VP(), torch.tensor([1.0]), torch.tensor([3.0]), 4)
+    assert found[3] == 3 and found[:3].isnan().all()
+    with pytest.raises(ValueError, match="one value for each time"):
+        level_means(VP(), torch.ones(2), torch.ones(3))
+    with pytest.raises(TypeError, match="cells"):
+        level_means(VP(), torch.ones(2), torch.ones(2), 2.5)
 
 
 # --- Averages -----------------------------------------------------------------
@@ -155,40 +331,11 @@ def test_senseless_decays(arguments):
         ema_decay(*arguments)
 
 
-def test_senseless_numbers_of_times():
-    for n, error in ((0, ValueError), (2.0, TypeError)):
-        with pytest.raises(error, match="n must be"):
-            draw_times(VP(), n)
-
-
 def test_update_is_the_formula():
     average, current = [torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)]
     expected = [0.9 * a + 0.1 * c for a, c in zip(average, current, strict=True)]
     ema_update(average, current, 0.9)
     torch.testing.assert_close(average, expected)
-
-
-def test_trained_weights_are_the_average_of_the_path():
-    net, path = model(), []
-    start = flat(net)
-    averaged = quick(net, ema=0.5, callback=lambda k, value: path.append(flat(net)))
-    for k, weights in enumerate(path):
-        decay = min(0.5, (k + 1) / (k + 10))
-        start = decay * start + (1 - decay) * weights
-    torch.testing.assert_close(flat(averaged), start)
-    assert not torch.equal(flat(averaged), flat(net))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_averaged_in_float32(dtype):
-    net, path = model().to(dtype), []
-    exact = flat(net).double()
-    averaged = quick(net, steps=300, callback=lambda k, value: path.append(flat(net).double()))
-    for k, weights in enumerate(path):
-        exact = ema_decay(k) * exact + (1 - ema_decay(k)) * weights
-    assert averaged.dtype == net.dtype == dtype and flat(averaged).dtype == dtype
-    tolerance = torch.finfo(dtype).eps / 2
-    torch.testing.assert_close(flat(averaged).double(), exact, rtol=tolerance, atol=1e-5)
 
 
 def test_an_average_may_be_wider_than_what_it_averages():
@@ -200,234 +347,72 @@ def test_an_average_may_be_wider_than_what_it_averages():
         ema_update(average, [], 0.9)
 
 
-class Norm(nn.Module):
-    """A network with a buffer that training changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(2)
-
-    def forward(self, x, t, cond=None):
-        return self.norm(x)
+@settings(deadline=None)
+@given(st.floats(0.001, 0.2886))
+def test_gamma_has_the_width_asked_for(sigma_rel):
+    gamma = gamma_of(sigma_rel)
+    width = math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+    assert gamma >= 0 and math.isclose(width, sigma_rel, rel_tol=1e-6)
 
 
-def test_buffers_are_copied():
-    denoiser = Denoiser(Norm(), Cosine(), "v", (2,))
-    averaged = quick(denoiser)
-    assert averaged.net.norm.num_batches_tracked == 5
-    assert torch.equal(averaged.net.norm.running_mean, denoiser.net.norm.running_mean)
-    assert averaged.net.norm.running_mean.any()
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.29, float("nan")])
+def test_senseless_widths(sigma_rel):
+    with pytest.raises(ValueError, match=r"sigma_rel must be in \(0, 0.2887\]"):
+        gamma_of(sigma_rel)
 
 
-# --- Runs ---------------------------------------------------------------------
+@pytest.mark.parametrize("gamma", [0.0, 2.5, 16.97])
+def test_power_averages_are_sums_over_the_path(gamma):
+    path = torch.randn(50, 3).double()
+    average = [torch.full((3,), 1e9).double()]
+    for k, theta in enumerate(path):
+        ema_update(average, [theta], power_decay(k, gamma))
+    shares = (torch.arange(51).double() / 50).pow(gamma + 1).diff()
+    torch.testing.assert_close(average[0], shares @ path, rtol=0, atol=1e-12)
+    if gamma == 0:
+        torch.testing.assert_close(average[0], path.mean(0))
 
 
-def test_result_is_a_new_denoiser():
-    net = model().train()
-    averaged = quick(net)
-    assert averaged is not net and averaged.net is not net.net and averaged.process is net.process
-    for name in ("predicts", "shape", "time", "sigma_data"):
-        assert getattr(averaged, name) == getattr(net, name)
-    assert net.net.training and not averaged.net.training
-    assert all(p.requires_grad for p in net.parameters())
-    assert not any(p.requires_grad for p in averaged.parameters())
+@pytest.mark.parametrize("arguments", [(-1, 3.0), (0, -1.0), (2, float("nan"))])
+def test_senseless_power_decays(arguments):
+    with pytest.raises(ValueError, match="gamma above -1"):
+        power_decay(*arguments)
 
 
-@pytest.mark.parametrize("data", [
-    POINTS, (POINTS,), (POINTS, LABELS), TensorDataset(POINTS), TensorDataset(POINTS, LABELS)])
-def test_seed_decides(data):
-    first, again, other = (flat(quick(model(), data, seed=seed)) for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+def test_products_are_symmetric_and_positive():
+    steps, gammas = [10, 20, 20, 35], [3.0, 0.0, 9.5, 2.0]
+    matrix = profile_products(steps, gammas, steps, gammas)
+    np.testing.assert_allclose(matrix, matrix.T, rtol=1e-14)
+    assert np.linalg.eigvalsh(matrix).min() > 0
+    np.testing.assert_allclose(profile_products([20], [0.0], [30], [0.0]), 1 / 30)
+    assert profile_products(steps, gammas, [5, 7], [1, 1]).shape == (4, 2)
 
 
-def test_datasets_and_tensors_agree():
-    pair = flat(quick(model(), (POINTS, LABELS)))
-    assert torch.equal(pair, flat(quick(model(), TensorDataset(POINTS, LABELS))))
-    assert not torch.equal(pair, flat(quick(model(), POINTS)))
+def test_a_stored_average_is_found_again():
+    steps, gammas = np.repeat([100, 200, 300], 2), np.tile([17.0, 7.0], 3)
+    for i in range(6):
+        x = posthoc_weights(steps, gammas, steps[i], gammas[i])
+        np.testing.assert_allclose(x, np.eye(6)[i], atol=1e-6)
 
 
-def test_dropout_repeats_and_global_randomness_is_untouched():
-    weights = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        net = Denoiser(UNet(channels=4, dropout=0.5), Cosine(), "v", shape=(1, 4, 4))
-        images = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-        torch.manual_seed(123 + len(weights))
-        before = torch.get_rng_state()
-        quick(net, images)
-        assert torch.equal(torch.get_rng_state(), before)
-        weights.append(flat(net))
-    assert torch.equal(*weights)
+def test_many_stored_averages_stay_tame():
+    steps, gammas = np.repeat(np.arange(1, 65) * 10, 2), np.tile([17.0, 7.0], 64)
+    for sigma_rel in (0.04, 0.075, 0.15, 0.25):
+        x = posthoc_weights(steps, gammas, 640, gamma_of(sigma_rel))
+        assert math.isclose(x.sum(), 1, rel_tol=1e-9) and abs(x).sum() < 6
 
 
-class Spy(nn.Module):
-    """Notes what it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale, self.seen = nn.Parameter(torch.ones(())), []
-
-    def forward(self, x, t, cond=None):
-        self.seen.append((t, cond))
-        return self.scale * x
+def test_one_stored_average_is_all_there_is():
+    np.testing.assert_allclose(posthoc_weights([100], [7.0], 100, 3.0), [1.0])
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
-def test_labels_are_dropped_as_often_as_asked(share):
-    spy = Denoiser(Spy(), Cosine(), "v", (2,))
-    quick(spy, (POINTS, LABELS), steps=50, batch_size=40, label_dropout=share)
-    labels = torch.cat([cond for _, cond in spy.net.seen])
-    dropped = (labels == -1).double().mean()
-    assert abs(dropped - share) <= 4 * (share * (1 - share) / 2000) ** 0.5
-    kept = labels[labels >= 0].bincount(minlength=3).double()
-    assert kept.max() < 1.3 * kept.min()
-
-
-def test_every_epoch_sees_every_label_once():
-    spy = Denoiser(Spy(), Cosine(), "v", (2,))
-    quick(spy, (POINTS, torch.arange(40)), steps=12, batch_size=10, label_dropout=0.0)
-    labels = torch.cat([cond for _, cond in spy.net.seen])
-    assert all(sorted(epoch.tolist()) == list(range(40)) for epoch in labels.split(40))
-
-
-def test_batches_may_be_larger_than_the_data():
-    spy = Denoiser(Spy(), Cosine(), "v", (2,))
-    quick(spy, (POINTS[:3], torch.arange(3)), steps=2, batch_size=7, label_dropout=0.0)
-    assert [len(t) for t, _ in spy.net.seen] == [7, 7]
-
-
-def test_callback_and_bar(capsys, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    seen = []
-    quick(model(), progress=True, callback=lambda k, value: seen.append((k, value)))
-    assert [k for k, _ in seen] == list(range(5))
-    assert all(value.shape == () and not value.requires_grad for _, value in seen)
-    assert "5/5" in capsys.readouterr().err
-    quick(model())
-    assert capsys.readouterr().err == ""
-
-
-def test_training_lowers_the_loss():
-    values = []
-    law = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.01)
-    x0 = law.sample(500, generator=torch.Generator().manual_seed(0)).float()
-    quick(model(), x0, steps=300, batch_size=128, lr=1e-2, weighting="v",
-          callback=lambda k, value: values.append(value.item()))
-    assert sum(values[-50:]) < 0.8 * sum(values[:50])
-
-
-def test_half_precision_data_and_float64_networks():
-    assert quick(model().to(torch.float64), POINTS.half()).dtype == torch.float64
-    assert flat(quick(model(), POINTS.double())).isfinite().all()
-
-
-# --- What is refused ----------------------------------------------------------
-
-NAN = POINTS.clone()
-NAN[3, 1] = float("nan")
-
-
-class Strings(Dataset):
-    """Items that are no tensors."""
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, i):
-        return "x"
-
-
-@pytest.mark.parametrize(("data", "error", "message"), [
-    (POINTS.long(), TypeError, "floating-point"),
-    (POINTS[:0], ValueError, "n > 0"),
-    (TensorDataset(POINTS[:0]), ValueError, "empty"),
-    (POINTS[:, :1], ValueError, "data"),
-    (torch.zeros(5), ValueError, "data must have shape"),
-    (NAN, ValueError, "not finite"),
-    ((POINTS, LABELS[:5]), ValueError, "labels must be int64"),
-    ((POINTS, LABELS[:, None]), ValueError, "labels must be int64"),
-    ((POINTS, LABELS.float()), TypeError, "labels must be an int64 tensor; got torch.float32"),
-    ((POINTS, LABELS.int()), TypeError, "labels must be an int64 tensor; got torch.int32"),
-    ((POINTS, LABELS.tolist()), TypeError, "labels must be an int64 tensor; got list"),
-    ((POINTS, LABELS + 1), ValueError, "0 to 2; got 1 to 3"),
-    ((POINTS, LABELS - 2), ValueError, "0 to 2; got -2 to 0"),
-    ((POINTS, LABELS, LABELS), ValueError, "got 3 items"),
-    ((), ValueError, "got 0 items"),
-    (TensorDataset(POINTS, LABELS, LABELS), ValueError, "got 3 items"),
-    (TensorDataset(POINTS, LABELS.float()), TypeError, "labels must be an int64"),
-    (TensorDataset(POINTS, LABELS + 1), ValueError, "0 to 2; got"),
-    (Strings(), TypeError, "floating-point"),
-])
-def test_refused_data(data, error, message):
-    with pytest.raises(error, match=message):
-        quick(model(), data)
-
-
-def test_one_wrong_label_is_found_before_the_first_step():
-    labels, seen = LABELS.clone(), []
-    labels[17] = 3
-    with pytest.raises(ValueError, match="0 to 2; got 0 to 3"):
-        quick(model(), (POINTS, labels), steps=1, callback=lambda k, value: seen.append(k))
-    assert not seen
-    assert quick(model(), (POINTS, LABELS - 1)).shape == (2,)
-
-
-@pytest.mark.parametrize(("seed", "error"), [
-    (1.5, TypeError), (True, TypeError), (None, TypeError), ("0", TypeError),
-    (-1, ValueError), (2**64, ValueError), (2**70, ValueError)])
-def test_refused_seeds(seed, error):
-    with pytest.raises(error, match="seed must be"):
-        quick(model(), seed=seed)
-
-
-def test_every_other_seed_is_taken():
-    assert torch.equal(flat(quick(model(), seed=np.int64(3))), flat(quick(model(), seed=3)))
-    quick(model(), seed=2**64 - 1)
-
-
-@pytest.mark.parametrize("thing", [MLP(2, 8, 1), GaussianMixture(torch.zeros(1, 2), 1.0), VP()])
-def test_only_denoisers_are_trained(thing):
-    message = rf"denoiser must be a Denoiser\(net, .*bare {type(thing).__name__}"
-    with pytest.raises(TypeError, match=message):
-        quick(thing)
-
-
-@pytest.mark.parametrize("options", [
-    dict(steps=0), dict(steps=-3), dict(batch_size=0), dict(lr=0.0), dict(lr=float("nan")),
-    dict(label_dropout=1.0), dict(label_dropout=-0.1), dict(ema=1.0)])
-def test_refused_options(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        quick(model(), **options)
-
-
-def test_nothing_to_train():
-    law = GaussianMixture(torch.zeros(1, 2), 1.0)
-    with pytest.raises(ValueError, match="no parameters"):
-        quick(law.denoiser(VP()))
-
-
-def test_edm_needs_sigma_data():
-    net = model()
-    net.sigma_data = None
-    with pytest.raises(ValueError, match="sigma_data"):
-        quick(net, weighting="edm")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step():
-    class Breaks(Spy):
-        def forward(self, x, t, cond=None):
-            out = super().forward(x, t, cond)
-            return out * float("nan") if len(self.seen) == 4 else out
-
-    seen = []
-    denoiser = Denoiser(Breaks(), Cosine(), "v", (2,))
-    with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
-        quick(denoiser, callback=lambda k, value: seen.append(k))
-    assert seen == [0, 1, 2, 3]
-
-
-def test_a_bad_item_of_a_dataset_is_noticed():
-    bad = POINTS.clone()
-    bad[1:] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 0"):
-        quick(model(), TensorDataset(bad))
+@pytest.mark.parametrize(("arguments", "message"), [
+    (([], [], 10, 3.0), "need steps"),
+    (([10], [3.0, 4.0], 10, 3.0), "need steps"),
+    (([0], [3.0], 1, 3.0), "need steps"),
+    (([10], [-0.6], 10, 3.0), "need steps"),
+    (([10], [3.0], 10, -0.6), "need steps"),
+    (([10], [3.0], 11, 3.0), "last stored step is 10; wanted 11")])
+def test_senseless_reconstructions(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        posthoc_weights(*arguments)

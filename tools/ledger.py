@@ -21,7 +21,7 @@ EXPORT = re.compile(r"#\|\s*export\b")
 MODULES = {"dn", "checks", "mixtures", "processes", "denoisers", "stepping", "ddpm", "ncsn", "sde",
            "samplers", "likelihood", "data", "files", "sources",
            "networks", "training", "metrics", "pretrained",
-           "runs", "interop", "report"}
+           "batches", "updates", "checkpoints", "runs", "interop", "report", "habits", "pictures"}
 CHECKS = {"check", "check_mc", "check_symbolic"}
 PRINTED = {"max error": "closed form", "largest z": "Monte Carlo", "symbolic": "symbolic"}
 

@@ -29,21 +29,23 @@ from diffnotes.metrics import DigitFeatures, digit_features, proportion
 FOLDER = Path(__file__).resolve().parent.parent / "diffnotes" / "assets" / "digit_features"
 RECIPE = dict(steps=1500, batch_size=128, lr=3e-3, weight_decay=1e-2, label_smoothing=0.05,
               dropout=0.2, noise=0.1, degrees=12, stretch=0.12, shear=0.15, shift=1.0)
+WARP = {name: RECIPE[name] for name in ("degrees", "stretch", "shear", "shift")}
 
 
-def warp(x: Tensor) -> Tensor:
+def warp(x: Tensor, degrees: float, stretch: float, shear: float, shift: float,
+         mode: str = "bilinear", generator: torch.Generator | None = None) -> Tensor:
     """Each image under its own small affine map; what comes in from outside is blank paper."""
 
     def uniform(*shape):
-        return 2 * torch.rand(len(x), *shape) - 1
+        return 2 * torch.rand(len(x), *shape, generator=generator) - 1
 
-    angle = math.radians(RECIPE["degrees"]) * uniform()
+    angle = math.radians(degrees) * uniform()
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    stretch = torch.diag_embed(torch.exp(RECIPE["stretch"] * uniform(2)))
-    stretch[:, 0, 1] = RECIPE["shear"] * uniform()
-    shift = RECIPE["shift"] * 2 / x.shape[-1] * uniform(2, 1)
-    grid = F.affine_grid(torch.cat([turn @ stretch, shift], 2), list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1
+    widths = torch.diag_embed(torch.exp(stretch * uniform(2)))
+    widths[:, 0, 1] = shear * uniform()
+    move = shift * 2 / x.shape[-1] * uniform(2, 1)
+    grid = F.affine_grid(torch.cat([turn @ widths, move], 2), list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, grid, mode, align_corners=False).clamp(0, 2) - 1
 
 
 def fit(seed: int) -> DigitFeatures:
@@ -57,7 +59,7 @@ def fit(seed: int) -> DigitFeatures:
         rate = min(1, (k + 1) / 100) * (1 + math.cos(math.pi * k / steps)) / 2
         optimizer.param_groups[0]["lr"] = RECIPE["lr"] * rate
         batch = torch.randint(len(images), (RECIPE["batch_size"],))
-        x = warp(images[batch])
+        x = warp(images[batch], **WARP)
         logits = net.logits(x + RECIPE["noise"] * torch.randn_like(x))
         optimizer.zero_grad()
         smoothing = RECIPE["label_smoothing"]
