@@ -17,7 +17,7 @@ export MKL_NUM_THREADS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export JUPYTERCACHE := $(CACHE)
 
-.PHONY: help setup book test notebooks export ledger mutants bench lock clean
+.PHONY: help setup book test evaluate notebooks export ledger mutants bench lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ test: $(READY) ## export in sync, notebooks clean, ruff, tests, every notebook e
 	$(BIN)/pytest tests -n $(JOBS) --dist loadfile $(TESTFLAGS)
 	echo "== every notebook, cell by cell"
 	$(BIN)/pytest nbs --nbval-lax --nbval-current-env --nbval-cell-timeout 300 -n $(JOBS) --dist loadfile
+
+evaluate: $(READY) ## judge the weights that ship against the digits
+	@$(BIN)/diffnotes evaluate digits
 
 notebooks: $(READY) export ## re-execute the notebooks in place, normalised
 	@for nb in $(NB); do
