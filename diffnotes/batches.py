@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .checks import require_choice, require_floating, require_shape
 from .denoisers import Denoiser
@@ -50,7 +51,7 @@ def _keys(seed: int, stream: str) -> tuple[int, ...]:
 def seed_of(seed: int, stream: str, k: int) -> int:
     """Returns the seed of the k-th use of a stream in the run with this seed.
 
-    The low 32 bits, all that a generator on a CPU hears, differ for any 2**32 successive k.
+    The low 32 bits, all that a generator on a CPU hears, differ for k from 0 to 2**32 - 1.
 
     Args:
         seed: of the run, an int >= 0.
@@ -88,7 +89,7 @@ def batch_indices(n: int, batch_size: int, seed: int, k: int) -> Tensor:
         k: step, 0 the first.
 
     Returns:
-        int64 ``(batch_size,)``.
+        int64 ``(batch_size,)``, each from 0 to n - 1.
 
     Reference:
         ``eq-batch-order``.
@@ -100,7 +101,7 @@ def batch_indices(n: int, batch_size: int, seed: int, k: int) -> Tensor:
 
 # %% ../nbs/25_batches.ipynb #06032796
 class Draws(NamedTuple):
-    """What one step draws beside its samples; each of ``(B, ...)``."""
+    """What one step draws beside its samples: eps is ``(B, *D)``, the others are ``(B,)``."""
 
     t: Tensor
     weight: Tensor
@@ -129,7 +130,10 @@ def draw(process: Process, shape: tuple[int, ...], k: int, *, seed: int,
         generator: reused, and seeded anew; it says on which device to draw.
 
     Returns:
-        t and weight ``(B,)``, eps ``(B, *D)``, forget bool ``(B,)``.
+        t and weight float32 ``(B,)``, eps ``(B, *D)``, forget bool ``(B,)``.
+
+    Raises:
+        ValueError: an unknown key for ``times``, or a function that returns no times.
 
     Reference:
         ``eq-batch-seed``.
@@ -152,7 +156,8 @@ def _pair(data: Tensor | tuple | list) -> tuple[Tensor, Tensor | None]:
 
 def _require_samples(x: Tensor, shape: tuple[int, ...] | None) -> None:
     """Refuses samples that no network could learn from."""
-    require_floating("data", x)
+    if require_floating("data", x).layout != torch.strided:
+        raise TypeError(f"data must be a dense tensor; got {x.layout}")
     if x.ndim < 2 or not len(x):
         raise ValueError(f"data must have shape (n, ...) with n > 0; got {tuple(x.shape)}")
     if shape is not None:
@@ -174,7 +179,30 @@ def _require_labels(y: Tensor | None, n: int, classes: int | None) -> None:
     if isinstance(classes, int) and (low < -1 or high >= classes):
         raise ValueError(f"labels must be -1 (none) or 0 to {classes - 1}; got {low} to {high}")
 
+
+def _require_match(net: Any, y: Tensor | None) -> None:
+    """Refuses labels without classes, and classes without labels."""
+    classes = getattr(net, "n_classes", False)
+    if classes and y is None:
+        raise ValueError(f"the network has {classes} classes and the data no labels: give them, "
+                         "with -1 for none, or build the network without n_classes")
+    if classes is None and y is not None:
+        raise ValueError("the data have labels and the network no classes: give samples alone, or "
+                         "build the network with n_classes")
+
 # %% ../nbs/25_batches.ipynb #0412fa05
+def _has_items(data: Any) -> bool:
+    """Says whether data are a Dataset; refuses one that is empty, or only a stream."""
+    if not isinstance(data, Dataset):
+        return False
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise TypeError("data must be a Dataset with a length, whose items have numbers; got "
+                        + type(data).__name__)
+    if len(data) == 0:
+        raise ValueError("data is empty")
+    return True
+
+
 def _item(data: Dataset, index: int, seed: int) -> Any:
     """An item; whatever it draws from the global generators, the seed decides."""
     torch.default_generator.manual_seed(seed)
@@ -204,14 +232,13 @@ class _Source:
     """Data of any kind, asked for the samples and labels at some indices."""
 
     def __init__(self, data: Any, denoiser: Denoiser, seed: int) -> None:
-        self.items, self.seed = isinstance(data, Dataset), seed
+        self.items, self.seed = _has_items(data), seed
         self.data = data if self.items else _pair(data)
         self.classes = getattr(denoiser.net, "n_classes", None)
-        if len(self) == 0 and self.items:
-            raise ValueError("data is empty")
         with kept_randomness(torch.device("cpu")):
             x, y = self(torch.tensor([0]), range(1)) if self.items else self.data
         _require_samples(x, denoiser.shape), _require_labels(y, len(x), self.classes)
+        _require_match(denoiser.net, y)
 
     def __len__(self) -> int:
         return len(self.data if self.items else self.data[0])
@@ -246,7 +273,7 @@ class Batches(Dataset):
     Raises:
         TypeError: samples or labels of another dtype or kind.
         ValueError: empty data, more than two parts, shapes that disagree, values that are not
-            finite, or labels that the network does not have.
+            finite, labels that the network does not have, or none where it has classes.
     """
 
     def __init__(self, data: Any, denoiser: Denoiser, batch_size: int, seed: int, *,
@@ -266,7 +293,7 @@ class Batches(Dataset):
 
     def home(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns both on the network's device, samples ``x`` in float32 or better, and ``y``."""
-        x = x.to(self.device, self.dtype, non_blocking=True)
+        x = x.detach().to(self.device, self.dtype, non_blocking=True)
         return x, None if y is None else y.to(self.device, non_blocking=True)
 
 # %% ../nbs/25_batches.ipynb #cf626103
@@ -308,15 +335,15 @@ def step_size(k: int, steps: int, lr: float, schedule: str | Callable[[float], f
     Args:
         k: step, 0 the first.
         steps: how many there will be.
-        lr: largest step size.
+        lr: largest step size, if the schedule is at most 1.
         schedule: a key of ``SCHEDULES``, or a function of progress in [0, 1).
         warmup: steps of the linear rise; by default a tenth of all, at most 100.
 
     Returns:
-        A number.
+        A number >= 0.
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: an unknown schedule, or a function that returns no finite number >= 0.
 
     Reference:
         ``eq-batch-schedule``.
@@ -324,4 +351,7 @@ def step_size(k: int, steps: int, lr: float, schedule: str | Callable[[float], f
     if not callable(schedule):
         schedule = SCHEDULES[require_choice("schedule", schedule, SCHEDULES)]
     rise = min(100, steps // 10) if warmup is None else warmup
-    return lr * min(1.0, (k + 1) / max(1, rise)) * schedule(k / steps)
+    share = schedule(k / steps)
+    if not isinstance(share, Real) or not 0 <= share < math.inf:
+        raise ValueError(f"schedule must return a number >= 0; got {share!r} at {k / steps}")
+    return lr * min(1.0, (k + 1) / max(1, rise)) * float(share)

@@ -52,6 +52,9 @@ def appearing(target: Path) -> Iterator[Path]:
     Yields:
         Another path in the same folder, to write to.
 
+    Raises:
+        OSError: nothing was written there, or it could not be renamed; the target is as it was.
+
     Reference:
         ``eq-check-states``.
     """
@@ -68,6 +71,7 @@ def appearing(target: Path) -> Iterator[Path]:
 # %% ../nbs/94_checkpoints.ipynb #872979a0
 _FORMAT, _VERSION = "diffnotes.checkpoint", 1
 _TENSORS, _STATE = "state.safetensors", "state.json"
+_DRAFT = "." + 32 * "[0-9a-f]" + ".tmp"
 
 
 def _digest(data: bytes, facts: Mapping[str, Any]) -> str:
@@ -79,10 +83,10 @@ def sweep(out: str | os.PathLike) -> None:
     """Removes drafts that a run which was killed has left behind.
 
     Args:
-        out: folder of the run
+        out: folder of the run; files of others in it stay.
     """
     for folder in "", "checkpoints", "averages", "samples":
-        for draft in Path(out, folder).glob(".*.tmp"):
+        for draft in Path(out, folder).glob(_DRAFT):
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
 
 
@@ -139,7 +143,8 @@ def checkpoints(out: str | os.PathLike) -> list[Path]:
     Returns:
         Their paths; whether they are sound only ``read_checkpoint`` can tell.
     """
-    return sorted(Path(out, "checkpoints").glob("step-*"))
+    found = [p for p in Path(out, "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def read_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -184,7 +189,7 @@ def last_checkpoint(out: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str
         try:
             return read_checkpoint(folder)
         except ValueError as error:
-            warnings.warn(f"{error}; taking the one before", stacklevel=2)
+            warnings.warn(f"{error}; passed over", stacklevel=2)
     if folders:
         raise ValueError(f"none of the checkpoints in {folders[0].parent} is sound")
     return None
@@ -201,8 +206,17 @@ def append_log(out: str | os.PathLike, entry: Mapping[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def _entry(line: str) -> dict[str, Any] | None:
+    """What a line of the log says; None if it is not whole."""
+    try:
+        entry = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and "step" in entry else None
+
+
 def read_log(out: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the whole lines of log.jsonl; one that was cut short, at the end, is left out.
+    """Returns the entries of log.jsonl; a line that was cut short or damaged is left out.
 
     Args:
         out: folder of the run.
@@ -211,8 +225,9 @@ def read_log(out: str | os.PathLike) -> list[dict[str, Any]]:
         A dictionary for each line: step, loss, lr and so on.
     """
     path = Path(out, "log.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    entries = [_entry(line) for line in lines.splitlines(True)]
+    return [entry for entry in entries if entry is not None]
 
 
 def truncate_log(out: str | os.PathLike, step: int) -> None:
@@ -250,7 +265,9 @@ def snapshots(out: str | os.PathLike) -> dict[int, Path]:
     Returns:
         A path for each step.
     """
-    return {int(path.stem[5:]): path for path in sorted(Path(out, "averages").glob("step-*"))}
+    found = Path(out, "averages").glob("step-*.safetensors")
+    steps = {int(p.stem[5:]): p for p in found if p.stem[5:].isdecimal()}
+    return dict(sorted(steps.items()))
 
 # %% ../nbs/94_checkpoints.ipynb #808c54e5
 _FREE = {"denoiser", "data", "steps", "minutes", "accumulate", "compile", "out", "resume",
@@ -259,8 +276,11 @@ _FREE = {"denoiser", "data", "steps", "minutes", "accumulate", "compile", "out",
 
 
 def _named(value: Any) -> Any:
-    """A function by its name; anything else as it is."""
-    return f"{value.__module__}.{value.__qualname__}" if callable(value) else value
+    """A function by its name, an object that is called by its class; all else as it is."""
+    if not callable(value):
+        return value
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def recipe_of(options: SimpleNamespace, batches: Batches) -> dict[str, Any]:
@@ -314,7 +334,7 @@ def patient(active: bool) -> Iterator[list[int]]:
         active: without it, and outside the main thread, nothing changes.
 
     Yields:
-        A list, of the number of the signal once it has come.
+        A list, empty until a signal has come, then of its number.
     """
     caught: list[int] = []
 

@@ -13,31 +13,32 @@ import sys
 import textwrap
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, resources
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['SHORT', 'PANELS', 'train', 'sample', 'evaluate', 'info', 'main']
+__all__ = ['SHORT', 'LEAST', 'PANELS', 'train', 'sample', 'evaluate', 'info', 'main']
 
 # %% ../nbs/91_cli.ipynb #ff426e90
-from . import pretrained, report, runs, samplers, training
-from .batches import SCHEDULES
-from .checkpoints import appearing, read_run
+from . import report, runs, samplers
+from .checkpoints import read_log, read_run
 from .data import hflip
-from .denoisers import Denoiser
-from .habits import HABITS, fresh_denoiser
-from .pictures import Film, write_samples
+from .habits import (HABITS, both_sets, choices, fresh_denoiser, labels_in_turn,
+                              open_model, pick_device)
+from .pictures import Film, replacing, require_folder, write_samples
 from .sources import open_data
-from .stepping import SAMPLERS
 
 # %% ../nbs/91_cli.ipynb #6053a0b5
 #: Other names of options on the command line.
-SHORT: dict[str, tuple[str, ...]] = {"n": ("-n",), "out": ("--out", "-o")}
+SHORT: dict[str, tuple[str, ...]] = {"n": ("-n", "--n"), "out": ("--out", "-o")}
+
+#: Least values of whole numbers, where that is not 1.
+LEAST: dict[str, int] = {"seed": 0, "warmup": 0, "workers": 0, "bits": 0}
 
 #: Headings of a long help page, and the options under each.
 PANELS: dict[str, tuple[str, ...]] = {
@@ -51,25 +52,28 @@ PANELS: dict[str, tuple[str, ...]] = {
 }
 
 # %% ../nbs/91_cli.ipynb #654ff954
-def _choices() -> dict[str, Sequence[str]]:
-    """For each option that picks a name, the names there are."""
-    return {"process": [*HABITS], "network": ["unet", "dit", "mlp"], "sampler": sorted(SAMPLERS),
-            "weighting": [*training.WEIGHTINGS], "times": [*training.TIMES],
-            "predicts": ["eps", "x0", "v", "score", "velocity", "edm"],
-            "precision": ["no", "bf16", "fp16"], "schedule": [*SCHEDULES]}
+def _whole(least: int) -> Callable[[Any, Sequence[Any]], int]:
+    """A converter of words to whole numbers."""
+    def convert(kind: Any, tokens: Sequence[Any]) -> int:
+        word = tokens[0].value
+        if not re.fullmatch(r"[+-]?\d{1,18}", word) or int(word) < least:
+            raise ValueError(f"{word} is no whole number from {least} on")
+        return int(word)
+    return convert
 
-
+# %% ../nbs/91_cli.ipynb #2516d5f0
 def _dressed(function: Callable[..., Any], cyclopts: Any) -> Callable[..., Any]:
     """The function with choices, short names and headings in its annotations."""
-    hints, signature, choices = get_type_hints(function), inspect.signature(function), _choices()
+    hints, signature, known = get_type_hints(function), inspect.signature(function), choices()
     headings = PANELS.items() if len(signature.parameters) > 20 else ()
     groups = {name: cyclopts.Group(panel, sort_key=i)
               for i, (panel, names) in enumerate(headings) for name in names}
     taken = []
     for name, old in signature.parameters.items():
-        hint = Literal[tuple(choices[name])] if name in choices else hints[name]
-        hint = hint | None if name in choices and old.default is None else hint
-        told = {"name": SHORT.get(name), "group": groups.get(name),
+        hint = Literal[tuple(known[name])] if name in known else hints[name]
+        hint = hint | None if name in known and old.default is None else hint
+        number = _whole(LEAST.get(name, 1)) if hint in (int, int | None) else None
+        told = {"name": SHORT.get(name), "group": groups.get(name), "converter": number,
                 "show_default": False if old.default in (False, ()) else None}
         told = {key: value for key, value in told.items() if value is not None}
         taken.append(old.replace(annotation=Annotated[hint, cyclopts.Parameter(**told)]))
@@ -145,8 +149,8 @@ def train(*, data: str, out: Path, process: str = "vp", network: str = "unet",
         predicts: what the network predicts; what suits the process if left out.
         width: channels of a U-Net at full resolution, numbers in a layer or a token.
         depth: blocks at each resolution of a U-Net, of the others in all.
-        dropout: share of a U-Net's features dropped in training.
-        size: side to which the pictures of a folder are brought, in pixels.
+        dropout: share of its features that a U-Net drops in training.
+        size: side to which a folder's pictures are brought, in pixels.
         flip: mirror half of the images.
         steps: number of updates.
         minutes: how long to train instead, all sessions of a run together.
@@ -180,32 +184,33 @@ def train(*, data: str, out: Path, process: str = "vp", network: str = "unet",
     """
     return _train(dict(locals()))
 
-# %% ../nbs/91_cli.ipynb #a2b0466c
-def _device(name: str) -> torch.device:
-    """The device of that name; by default a GPU if there is one."""
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(usual if name == "auto" else name)
-
 # %% ../nbs/91_cli.ipynb #b5f14835
 def _train(options: dict[str, Any]) -> str:
     """Makes a denoiser of some of the options, and gives the others to the engine."""
     if (options["steps"] is None) == (options["minutes"] is None):
         raise _Usage("say how long to train: --steps or --minutes, one of them")
-    images, out = open_data(options.pop("data"), size=options.pop("size")), options["out"]
+    data, size, out = options.pop("data"), options.pop("size"), options["out"]
+    require_folder(out)
+    images = open_data(data, size=size)
+    if size and tuple(images.shape[1:]) != (size, size):
+        raise _Usage(f"--size is for folders of pictures; {data} has {_by(images.shape)}")
     habit, flip = HABITS[options["process"]], options.pop("flip")
     mine = ("process", "network", "predicts", "width", "depth", "dropout")
-    denoiser = fresh_denoiser(images, seed=options["seed"], device=_device(options.pop("device")),
-                              **{name: options.pop(name) for name in mine})
+    device, mine = pick_device(options.pop("device")), {name: options.pop(name) for name in mine}
+    denoiser = fresh_denoiser(images, seed=options["seed"], device=device, **mine)
     usual = {"weighting": habit.weighting, "times": habit.times}
     options.update({name: options[name] or value for name, value in usual.items()})
     try:
         runs.train(denoiser, images, progress=_watched(), augment=hflip if flip else None,
                    **options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {out} is kept, --resume goes on") from None
-    except FileExistsError as error:
-        raise FileExistsError(str(error).replace("pass resume=True", "--resume")) from None
-    return f"trained; draw from it with: diffnotes sample {out} --out grid.png"
+    except (KeyboardInterrupt, SystemExit) as stop:
+        said = f"interrupted; {out} is kept, --resume goes on"
+        raise KeyboardInterrupt(said, getattr(stop, "code", 130)) from None
+    except OSError as error:
+        said = (error.strerror or str(error)).replace("pass resume=True", "--resume")
+        raise OSError(said if str(out) in said else f"{out}: {said}") from error
+    told = "".join(f" to step {e['step']}, loss {e['loss']:.3g}" for e in read_log(out)[-1:])
+    return f"trained{told}; draw from it with: diffnotes sample {out} --out grid.png"
 
 # %% ../nbs/91_cli.ipynb #4a3dc37f
 class _Usage(ValueError):
@@ -216,45 +221,25 @@ def _watched() -> bool:
     """Whether somebody watches this process's standard error."""
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
-# %% ../nbs/91_cli.ipynb #794c3481
-def _open(model: str, device: str = "auto") -> tuple[Denoiser, dict[str, Any]]:
-    """A saved denoiser and its configuration."""
-    if model.startswith("hf:"):
-        fetch = getattr(pretrained, "from_" + "pretrained")
-        return fetch(model[3:], device=_device(device)), {}
-    folder, names = Path(model), pretrained.list_pretrained()
-    if model in names and not (folder / "config.json").exists():
-        folder = Path(str(resources.files("diffnotes") / "assets" / model))
-    if not folder.exists():
-        raise FileNotFoundError(f"there is no folder {model}, and no model of that name comes with"
-                                f" the package: {', '.join(names)}")
-    return pretrained.load(folder, device=_device(device)), pretrained.read_config(folder)
-
 # %% ../nbs/91_cli.ipynb #4316bdee
 def _require_free(out: Path, force: bool, *kinds: str) -> None:
     """Refuses a file of another kind, one that is there, and a folder."""
     if out.suffix.lower() not in kinds:
         raise _Usage(f"--out must end in {', '.join(kinds)}; got {out}")
+    require_folder(out.parent)
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder: name a file in it")
     if out.exists() and not force:
         raise FileExistsError(f"{out} is there already: --force replaces it")
 
-# %% ../nbs/91_cli.ipynb #ae4a8413
-def _labels(cond: str | None, n: int, classes: int | None) -> Tensor | None:
-    """A label for each of n samples: those of a list in turn, of all classes by default."""
-    if cond == "none" or (cond is None and not classes):
-        return None
-    if not classes:
-        raise ValueError("this model was trained without labels: leave --cond out")
-    words = range(classes) if cond is None else cond.split(",")
-    try:
-        labels = torch.tensor([int(word) for word in words])
-    except ValueError:
-        raise _Usage(f"--cond must be a label, several as in 3,1,4, or none; got {cond}") from None
-    if not ((labels >= 0) & (labels < classes)).all():
-        raise ValueError(f"--cond must be from 0 to {classes - 1}; got {cond}")
-    return labels[torch.arange(n) % len(labels)]
+# %% ../nbs/91_cli.ipynb #2513aa38
+def _asked(cond: str | None) -> list[int] | None:
+    """The labels that a word such as 3,1,4 asks for; an empty list for none."""
+    if cond is None or cond == "none":
+        return cond and []
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", cond):
+        raise _Usage(f"--cond must be a label, several as in 3,1,4, or none; got {cond!r}")
+    return [int(word) for word in cond.split(",")]
 
 # %% ../nbs/91_cli.ipynb #3e1a144d
 _SAMPLER = inspect.signature(samplers.sample).parameters["sampler"].default
@@ -276,7 +261,8 @@ def sample(model: str, /, *, n: int = 64, out: Path = Path("samples.png"), sampl
     sampler, evaluations and guidance. Under a seed the first k of n samples do not depend on n.
 
     Args:
-        model: folder of a run or of a saved denoiser, or a name that comes with the package.
+        model: folder of a run or of a saved denoiser; a name that comes with the package; or
+            hf:someone/name, fetched from the Hugging Face hub.
         n: number of samples.
         out: file to write, .png, .gif or .npz; one that exists is kept unless ``--force``.
         sampler: which sampler.
@@ -297,8 +283,8 @@ def sample(model: str, /, *, n: int = 64, out: Path = Path("samples.png"), sampl
         FileExistsError: the file is there.
     """
     _require_free(out, force, ".png", ".gif", ".npz")
-    denoiser, config = _open(model, device)
-    labels = _labels(cond, n, getattr(denoiser.net, "n_classes", None))
+    asked, (denoiser, config) = _asked(cond), open_model(model, device)
+    labels = labels_in_turn(asked, n, getattr(denoiser.net, "n_classes", None))
     kind, calls = out.suffix.lower(), samplers.nfe(sampler, steps, process=denoiser.process)
     if kind != ".npz" and (len(denoiser.shape) != 3 or denoiser.shape[0] not in (1, 3)):
         raise ValueError(f"samples of shape {denoiser.shape} are no pictures: --out x.npz")
@@ -331,13 +317,13 @@ def evaluate(model: str, /, *, data: str | None = None, n: int = 1000, sampler: 
         diffnotes evaluate runs/fashion --data fashion-mnist --out report.json
 
     Args:
-        model: folder of a run or of a saved denoiser, or a name that comes with the package.
+        model: folder, name or hf:someone/name, as for sample.
         data: what it was trained on, as for train; the digits if left out.
-        n: number of samples to draw.
+        n: number of samples to draw, at least 7.
         sampler: which sampler.
         steps: its number of times; what is usual with it if left out.
         guidance: how much to overdo the condition, 1 not at all.
-        bits: number of test images to price in bits/dim.
+        bits: number of test images to price in bits/dim, at least 2; 0 for none.
         seed: of the noise, the labels and the division of the data.
         batch_size: most samples at a time.
         out: JSON file for all the numbers; one that exists is kept unless ``--force``.
@@ -350,26 +336,27 @@ def evaluate(model: str, /, *, data: str | None = None, n: int = 1000, sampler: 
     Raises:
         ValueError: data that do not fit the model.
     """
+    if n < 7 or bits == 1:
+        raise _Usage(f"-n must be at least 7, and --bits at least 2 or 0; got {n} and {bits}")
     if out is not None:
         _require_free(out, force, ".json")
-    denoiser, _ = _open(model, device)
-    found = report.evaluate(denoiser, _both(data or "digits", denoiser.shape), n=n, bits=bits,
+    denoiser, _ = open_model(model, device)
+    found = report.evaluate(denoiser, both_sets(data or "digits", denoiser.shape), n=n, bits=bits,
                             sampler=sampler, steps=steps, guidance=guidance, seed=seed,
                             batch_size=batch_size, progress=_watched())
     if out is not None:
-        with appearing(out) as draft:
-            draft.write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+        _keep(found, out)
     return str(found)
 
-# %% ../nbs/91_cli.ipynb #81e93803
-def _both(source: str, shape: Sequence[int]) -> Any:
-    """The training and the test set of a source, or all there is; pictures in the model's size."""
-    like = {"channels": shape[0], "size": tuple(shape[1:])} if len(shape) == 3 else {}
-    images = open_data(source, "train", **like)
+# %% ../nbs/91_cli.ipynb #7971107a
+def _keep(found: report.Report, out: Path) -> None:
+    """Writes a report as JSON; shows it if that fails."""
     try:
-        return images, open_data(source, "test", **like)
-    except (ValueError, FileNotFoundError):
-        return images
+        with replacing(out) as file:
+            file.write(json.dumps(found.to_dict(), indent=1).encode())
+    except OSError:
+        _say(str(found))
+        raise
 
 # %% ../nbs/91_cli.ipynb #70ee5d05
 def info(model: str, /) -> str:
@@ -380,17 +367,17 @@ def info(model: str, /) -> str:
         diffnotes info digits
 
     Args:
-        model: folder of a run or of a saved denoiser, or a name that comes with the package.
+        model: folder, name or hf:someone/name, as for sample.
 
     Returns:
         A line for each fact. The weights have been read and fit their checksum.
     """
-    denoiser, config = _open(model, "cpu")
+    denoiser, config = open_model(model, "cpu")
     net, told, levels = denoiser.net.config(), config.get("info", {}), config.get("levels")
     size = sum(p.numel() for p in denoiser.net.parameters())
     facts = {"network": f"{net.pop('name')} of {size:,} parameters, {_listed(net)}",
              "process": f"{denoiser.process}, predicts {denoiser.predicts}",
-             "samples": f"{'×'.join(map(str, denoiser.shape or ()))}, {levels or 'unknown'} levels"
+             "samples": f"{_by(denoiser.shape or ())}, {levels or 'unknown'} levels"
                         f" in {config.get('data_range') or 'an unknown range'}",
              "training": _listed({**told, **told.get("recipe", {})}), "run": _progress(model),
              "weights": f"sha256 {config.get('weights_sha256', 'unknown')}"}
@@ -398,6 +385,11 @@ def info(model: str, /) -> str:
                      for key, value in facts.items() if value)
 
 # %% ../nbs/91_cli.ipynb #c5b599ef
+def _by(shape: Sequence[int]) -> str:
+    """A shape in words."""
+    return "×".join(map(str, shape))
+
+
 def _listed(facts: Mapping[str, Any]) -> str:
     """What is set, with its name."""
     told = {name: value for name, value in facts.items()
@@ -420,11 +412,29 @@ def _told(error: BaseException) -> str:
     """An error in one line."""
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
-        return said if str(error) else "interrupted"
+        return error.args[0] if error.args else "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     known = ValueError, TypeError, OSError, ImportError, ArithmeticError
     return said if isinstance(error, known) else f"{type(error).__name__}: {said}"
 
+# %% ../nbs/91_cli.ipynb #54339a84
+def _warn(message: Any, *_: Any, **__: Any) -> None:
+    """Says something in one line on standard error."""
+    print(f"diffnotes: {' '.join(str(message).split())}", file=sys.stderr)
 
+
+def _say(said: str | None) -> None:
+    """Prints what a command says, from one of its processes."""
+    try:
+        if said and os.environ.get("RANK", "0") == "0":
+            print(said, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+# %% ../nbs/91_cli.ipynb #21d6d5e7
 def _run(words: Sequence[str]) -> Any:
     """What the command says that these words call."""
     app = _application((train, sample, evaluate, info))
@@ -443,21 +453,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of the process by default.
 
     Returns:
-        0 if all went well, 1 for a failure, 2 for a line that makes no sense, 130 for Ctrl-C.
+        0 if all went well, 1 for a failure, 2 for a line that makes no sense, 130 for Ctrl-C, 143
+        for a run that was asked to terminate.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        said = _run([word for word in words if word != "--debug"])
-        if said and os.environ.get("RANK", "0") == "0":
-            print(said)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            _say(_run([word for word in words if word != "--debug"]))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        stopped = isinstance(error, KeyboardInterrupt)
-        print(f"diffnotes: {_told(error)}", file=sys.stderr)
-        return 130 if stopped else 2 if isinstance(error, _Usage) else 1
+        _warn(_told(error))
+        if isinstance(error, KeyboardInterrupt):
+            return error.args[1] if len(error.args) > 1 else 130
+        return 2 if isinstance(error, _Usage) else 1
 
 # %% ../nbs/91_cli.ipynb #d4c4707e
 if (__name__, __package__) == ("__main__", "diffnotes"):

@@ -22,6 +22,18 @@ from .checks import require_choice, require_floating, require_positive_int
 # %% auto #0
 __all__ = ['DIGIT_LEVELS', 'Levels', 'Images', 'digit_images', 'digits', 'random_split', 'hflip', 'translate', 'shift']
 
+# %% ../nbs/20_data.ipynb #023458ed
+def _integers(name: str, x: Any) -> Tensor:
+    """A tensor of whole numbers; those of NumPy's wider unsigned kinds as int64."""
+    try:
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor or an array of whole numbers; got "
+                        f"{type(x).__name__}") from None
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype; got {x.dtype}")
+    return x.long() if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x
+
 # %% ../nbs/20_data.ipynb #7e9e1ec4
 @dataclass(frozen=True)
 class Levels:
@@ -33,6 +45,7 @@ class Levels:
         high: value of the last level.
 
     Raises:
+        TypeError: ``count`` is not an int, ``low`` or ``high`` no number.
         ValueError: fewer than two levels, or ``low`` and ``high`` not finite and in order.
 
     Reference:
@@ -44,6 +57,8 @@ class Levels:
     high: float = 1.0
 
     def __post_init__(self):
+        if not (isinstance(self.low, Real) and isinstance(self.high, Real)):
+            raise TypeError(f"low and high must be numbers; got {self.low!r} and {self.high!r}")
         finite = -math.inf < self.low < self.high < math.inf
         if require_positive_int("count", self.count) < 2 or not finite:
             raise ValueError(f"levels need count >= 2 and finite low < high; got {self}")
@@ -55,9 +70,7 @@ class Levels:
 
     def to_values(self, k: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns low + step k for counts k of any integer dtype and shape."""
-        if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
-            raise TypeError(f"counts must have an integer dtype; got {k.dtype}")
-        return self.low + self.step * k.to(dtype)
+        return self.low + self.step * _integers("counts", k).to(dtype)
 
     def to_counts(self, x: Tensor) -> Tensor:
         """Returns the nearest count of each value of x, int64; beyond the range, its end."""
@@ -75,9 +88,7 @@ class Levels:
 # %% ../nbs/20_data.ipynb #51be7293
 def _counted(counts: Tensor | np.ndarray, levels: Levels) -> Tensor:
     """The counts in the smallest of uint8 and int32 that holds them, checked."""
-    counts = torch.as_tensor(counts)
-    if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
-        raise TypeError(f"counts must have an integer dtype; got {counts.dtype}")
+    counts = _integers("counts", counts)
     if counts.ndim != 4 or counts.numel() == 0:
         raise ValueError(f"counts must have shape (n, C, H, W), none 0; got {tuple(counts.shape)}")
     low, high = int(counts.min()), int(counts.max())
@@ -91,11 +102,11 @@ def _labelled(labels: Tensor | Sequence[int] | None, names: Sequence[str] | None
     """Labels int64 and a name for each class, checked."""
     if labels is None:
         return None, None
-    labels = torch.as_tensor(labels)
+    labels = _integers("labels", labels)
     if labels.shape != (n,):
         raise ValueError(f"{n} images need labels of shape ({n},); got {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must have an integer dtype; got {labels.dtype}")
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        raise TypeError(f"names must be a sequence of texts; got {names!r}")
     top = int(labels.max())
     names = tuple(map(str, range(top + 1) if names is None else names))
     if int(labels.min()) < 0 or top >= len(names):
@@ -226,12 +237,12 @@ def random_split(images: Images, held: int | float, *, seed: int = 0) -> tuple[I
         TypeError: ``images`` are not ``Images``, or ``held`` is no number.
         ValueError: nothing would be held out, or nothing kept.
     """
-    if not isinstance(images, Images) or not isinstance(held, Real):
+    if not isinstance(images, Images) or isinstance(held, bool) or not isinstance(held, Real):
         raise TypeError("random_split needs Images and a number to hold out; got "
                         f"{type(images).__name__} and {held!r}")
     n = len(images)
     count = round(held * n) if 0 < held < 1 else held
-    if count != int(count) or not 0 < count < n:
+    if not 0 < count < n or count != int(count):
         raise ValueError(f"held must leave images on both sides of the {n}; got {held!r}")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     return (images.subset(order[int(count):].sort().values),

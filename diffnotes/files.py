@@ -33,6 +33,8 @@ _NOT_THE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, ImportEr
 @contextmanager
 def _reading(path: str | os.PathLike, kind: str) -> Iterator[None]:
     """Turns whatever damaged bytes raise into a ValueError that names the file."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"the path of a file must be text or a Path; got {path!r}")
     try:
         yield
     except _NOT_THE_FILE:
@@ -88,12 +90,11 @@ def read_idx(path: str | os.PathLike) -> Tensor:
     Reference:
         LeCun, Bottou, Bengio and Haffner (1998); the format is described with the MNIST files.
     """
-    path = Path(path)
-    with _reading(path, "idx file"), path.open("rb") as file:
+    with _reading(path, "idx file"), Path(path).open("rb") as file:
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         stream = gzip.GzipFile(fileobj=file) if packed else file
         dtype, shape = _idx_header(stream)
-        room = path.stat().st_size * (_DEFLATE if packed else 1)
+        room = Path(path).stat().st_size * (_DEFLATE if packed else 1)
         data = _take(stream, dtype.itemsize * math.prod(shape), room)
         array = np.frombuffer(data, dtype).reshape(shape)
     return torch.from_numpy(array.astype(dtype.newbyteorder("="), copy=False))
@@ -236,9 +237,8 @@ def read_pickle(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: damaged, no dictionary, or it asks for anything but uint8 arrays of NumPy.
     """
-    path = Path(path)
     with _reading(path, "pickle of arrays"):
-        value = _run(path.read_bytes())
+        value = _run(Path(path).read_bytes())
         if type(value) is not dict:
             raise ValueError("it holds no dictionary")
         return {key: _array(item) if isinstance(item, _Noted) else item
@@ -290,8 +290,10 @@ def to_pixels(image: Any, *, channels: int | None = None,
     if image.mode == "I" and not 0 <= min(image.getextrema()) <= max(image.getextrema()) < 2**16:
         raise ValueError("its pixels do not lie in 0 .. 65535")
     if size is not None:
-        height, width = size if isinstance(size, tuple) else (size, size)
-        sides = require_positive_int("size", width), require_positive_int("size", height)
+        sides = size if isinstance(size, tuple) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"size must be a side or (height, width); got {size!r}")
+        sides = [require_positive_int("size", side) for side in reversed(sides)]
         image = ImageOps.fit(image, sides, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
     return pixels.clamp(0, 2**16 - 1 if image.mode == "I" else 255).permute(2, 0, 1).contiguous()
@@ -369,7 +371,7 @@ def read_cifar10(path: str | os.PathLike) -> tuple[Tensor, Tensor]:
     Reference:
         Krizhevsky (2009).
     """
-    stored = read_npz(path) if Path(path).suffix == ".npz" else read_pickle(path)
+    stored = read_npz(path) if str(path).endswith(".npz") else read_pickle(path)
     with _reading(path, "batch of CIFAR-10"):
         images, labels = _cifar_pixels(stored), np.asarray(stored["labels"])
         if labels.shape != (len(images),):

@@ -6,19 +6,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import networks
-from .checks import require_choice
+from . import networks, pretrained
+from .batches import SCHEDULES
+from .checks import require_choice, require_positive_int
 from .denoisers import Denoiser
 from .processes import EDM, VE, VP, Cosine, Discrete, Flow, Process, SubVP, linear_betas
+from .sources import open_data
+from .stepping import SAMPLERS
+from .training import TIMES, WEIGHTINGS
 
 # %% auto #0
-__all__ = ['HABITS', 'Habit', 'build_network', 'fresh_denoiser']
+__all__ = ['HABITS', 'Habit', 'build_network', 'fresh_denoiser', 'choices', 'pick_device', 'open_model', 'labels_in_turn',
+           'both_sets']
 
 # %% ../nbs/90_habits.ipynb #855054b5
 class Habit(NamedTuple):
@@ -70,9 +78,14 @@ def build_network(kind: str, shape: Sequence[int], *, n_classes: int | None = No
         The network; it returns 0 until it is trained.
 
     Raises:
-        ValueError: another kind, a shape that is no image, sizes that do not fit.
+        ValueError: another kind, a shape that is no image, sizes that do not fit, or dropout
+            without a U-Net.
     """
-    if require_choice("kind", kind, ("unet", "dit", "mlp")) == "mlp":
+    for name, size in (("width", width), ("depth", depth)):
+        size is None or require_positive_int(name, size)
+    if require_choice("kind", kind, ("unet", "dit", "mlp")) != "unet" and dropout:
+        raise ValueError(f"dropout is for a unet; got {dropout} for the {kind}")
+    if kind == "mlp":
         return networks.MLP(math.prod(shape), width or 256, depth or 4, n_classes)
     if len(shape) != 3:
         raise ValueError(f"a {kind} is for images (C, H, W), the data have shape {tuple(shape)}")
@@ -117,3 +130,116 @@ def fresh_denoiser(images: Any, process: str = "vp", network: str = "unet",
         net = build_network(network, images.shape, n_classes=images.n_classes, **sizes)
     return Denoiser(net.to(device), habit.make(), predicts or habit.predicts,
                     tuple(images.shape), sigma_data=spread or None)
+
+# %% ../nbs/90_habits.ipynb #47a8bb58
+def choices() -> dict[str, Sequence[str]]:
+    """Returns, for each option of a command that picks a name, the names there are now."""
+    return {"process": [*HABITS], "network": ["unet", "dit", "mlp"], "sampler": sorted(SAMPLERS),
+            "weighting": [*WEIGHTINGS], "times": [*TIMES], "schedule": [*SCHEDULES],
+            "predicts": ["eps", "x0", "v", "score", "velocity", "edm"],
+            "precision": ["no", "bf16", "fp16"]}
+
+# %% ../nbs/90_habits.ipynb #cbd416f6
+def pick_device(name: str = "auto") -> torch.device:
+    """Returns the device of that name, if it works here.
+
+    Args:
+        name: cpu, cuda, cuda:1 and so on; or auto, a GPU if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: it does not work; the message says which are there.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    try:
+        device = torch.device(("cpu", "cuda")[len(there) > 1] if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name} here, or it does not work: choose from "
+                         + ", ".join(there)) from error
+    return device
+
+# %% ../nbs/90_habits.ipynb #a7291c7e
+def open_model(model: str, device: str = "auto") -> tuple[Denoiser, dict[str, Any]]:
+    """Returns a saved denoiser and its configuration.
+
+    Args:
+        model: a folder; or a name of ``pretrained.list_pretrained``; or hf:someone/name.
+        device: as for ``pick_device``.
+
+    Returns:
+        The denoiser, and what ``pretrained.read_config`` says, which is nothing from the hub.
+
+    Raises:
+        FileNotFoundError: no such model.
+        OSError: the hub cannot be reached.
+        ValueError: its files are damaged, or written by something else.
+    """
+    if model.startswith("hf:"):
+        if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", model):
+            raise ValueError(f"a model on the hub is hf:someone/name; got {model}")
+        fetch = getattr(pretrained, "from_" + "pretrained")
+        return fetch(model[3:], device=pick_device(device)), {}
+    folder, names = Path(model), pretrained.list_pretrained()
+    if model in names and not (folder / "config.json").exists():
+        folder = Path(str(resources.files("diffnotes") / "assets" / model))
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no folder {model}, and no model of that name comes with"
+                                f" the package: {', '.join(names)}")
+    return pretrained.load(folder, device=pick_device(device)), pretrained.read_config(folder)
+
+# %% ../nbs/90_habits.ipynb #20664c3e
+def labels_in_turn(asked: Sequence[int] | None, n: int, classes: int | None) -> Tensor | None:
+    """Returns a label for each of n samples.
+
+    Args:
+        asked: labels to take in turn, an empty list for none, None for every class.
+        n: number of samples.
+        classes: how many labels the network has, if any.
+
+    Returns:
+        int64 ``(n,)``, or None.
+
+    Raises:
+        ValueError: a label that the network does not have.
+    """
+    if asked and not classes:
+        raise ValueError(f"the model was trained without labels: {asked} can't be asked for")
+    if not classes or asked == []:
+        return None
+    if not all(0 <= label < classes for label in asked or ()):
+        raise ValueError(f"labels go from 0 to {classes - 1}; got {asked}")
+    labels = torch.tensor(range(classes) if asked is None else asked)
+    return labels[torch.arange(n) % len(labels)]
+
+# %% ../nbs/90_habits.ipynb #85eda94b
+def both_sets(source: str, shape: Sequence[int]) -> Any:
+    """Returns training and test set of a source, or the one set there is.
+
+    Args:
+        source: as for ``sources.open_data``.
+        shape: of what the model draws, to which pictures are brought.
+
+    Returns:
+        ``Images``, or a pair (train, test) of them.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a damaged file, or images of another shape.
+    """
+    like = {"channels": shape[0], "size": tuple(shape[1:])} if len(shape) == 3 else {}
+    images = open_data(source, "train", **like)
+    if tuple(images.shape) != tuple(shape):
+        model, data = ("×".join(map(str, x)) for x in (shape, images.shape))
+        raise ValueError(f"the model draws {model}, the images of {source} are {data}: judge it by"
+                         " the data that it was trained on")
+    try:
+        return images, open_data(source, "test", **like)
+    except FileNotFoundError:
+        return images
+    except ValueError as error:
+        if re.search("split|no folder test", str(error).replace(str(source), "")):
+            return images
+        raise

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -126,16 +127,18 @@ def audit(denoiser: Denoiser, x0: Tensor, *, times: Sequence[float] | Tensor | N
 
     Raises:
         TypeError: ``denoiser`` is none, or ``x0`` is not a floating-point tensor.
-        ValueError: fewer than two samples, or data that do not vary or are not finite.
+        ValueError: fewer than two samples, data that do not vary or are not finite, or no times.
 
     Reference:
         eq-interop-linear, eq-interop-orthogonal.
     """
     process = _require_denoiser(denoiser).process
-    if len(require_finite("x0", x0)) < 2 or not x0.var(0).any():
-        raise ValueError("x0 must hold two or more samples that differ")
+    if require_finite("x0", x0).ndim < 2 or len(x0) < 2 or not x0.var(0).any():
+        raise ValueError(f"x0 must hold two or more samples that differ; got {tuple(x0.shape)}")
     mean, var = x0.mean(0), x0.var(0, correction=0)
     times = torch.as_tensor(_levels(process) if times is None else times, dtype=torch.float64)
+    if times.ndim != 1 or not len(times):
+        raise ValueError(f"times must be one or more in a list; got {times.tolist()}")
     rows = []
     for t in times.tolist():
         eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
@@ -188,13 +191,15 @@ def clipped(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoise
         A denoiser that shares the network and predicts x0.
 
     Raises:
-        TypeError: ``denoiser`` is none.
+        TypeError: ``denoiser`` is none, or ``low`` or ``high`` no number.
         ValueError: ``low`` is not less than ``high``.
 
     Reference:
         eq-interop-clip.
     """
     _require_denoiser(denoiser)
+    if not (isinstance(low, Real) and isinstance(high, Real)):
+        raise TypeError(f"low and high must be numbers, got {low!r} and {high!r}")
     if not low < high:
         raise ValueError(f"low must be less than high, got {low} and {high}")
     net = _Clipped(denoiser, low, high)
@@ -236,9 +241,10 @@ def _require_mappable(unet: Any, scheduler: Any, diffusers: ModuleType) -> None:
                         f"{type(unet).__name__}: bring any other network by adapt")
     if scheduler is None:
         raise ValueError("a UNet2DModel does not know its chain: give the scheduler too")
-    name, config = type(scheduler).__name__, scheduler.config
     if not torch.is_tensor(getattr(scheduler, "alphas_cumprod", None)):
-        raise ValueError(f"{name} has no DDPM chain (alphas_cumprod): bring it by adapt")
+        raise ValueError(f"{type(scheduler).__name__} has no DDPM chain (alphas_cumprod): "
+                         "bring it by adapt")
+    config = scheduler.config
     if scheduler.alphas_cumprod[-1] == 0:
         raise ValueError("the chain ends without any signal (rescale_betas_zero_snr=True), "
                          "and a Discrete process must keep some")
@@ -249,6 +255,20 @@ def _require_mappable(unet: Any, scheduler: Any, diffusers: ModuleType) -> None:
     if unet.config.out_channels != unet.config.in_channels * (1 + learned):
         raise ValueError(f"{unet.config.out_channels} channels out for "
                          f"{unet.config.in_channels} in: what do they mean? bring it by adapt")
+
+# %% ../nbs/28_interop.ipynb #ed9d1054
+def _require_options(unet: Any, clip: bool | None, null: int | None) -> None:
+    """Refuses a clip that is no answer, and a null label that the network does not have."""
+    if clip not in (None, True, False):
+        raise TypeError(f"clip must be True, False or None, got {clip!r}")
+    if null is None:
+        return
+    if isinstance(null, bool) or not isinstance(null, Integral):
+        raise TypeError(f"null must be an int or None, got {null!r}")
+    count = unet.config.num_class_embeds
+    has = f"labels of 0 to {count - 1}" if count else "no classes"
+    if unet.class_embedding is None or (count and not 0 <= null < count):
+        raise ValueError(f"null must be a label of the network, which has {has}; got {null}")
 
 # %% ../nbs/28_interop.ipynb #41f392c8
 def _diffusers() -> ModuleType:
@@ -315,7 +335,10 @@ def _read_unet(folder: Path, diffusers: ModuleType) -> nn.Module:
 def _parts(source: Any, scheduler: Any, diffusers: ModuleType) -> tuple[Any, Any]:
     """Network and scheduler of a network, a pipeline or a folder."""
     if isinstance(scheduler, str | os.PathLike):
-        scheduler = _read_scheduler(Path(scheduler), diffusers)
+        folder = Path(scheduler)
+        if (scheduler := _read_scheduler(folder, diffusers)) is None:
+            raise FileNotFoundError(f"{folder} has no scheduler_config.json, and nothing is "
+                                    "downloaded")
     if isinstance(source, str | os.PathLike):
         folder = Path(source)
         scheduler = scheduler or _read_scheduler(folder, diffusers)
@@ -350,17 +373,19 @@ def from_diffusers(source: Any, scheduler: Any = None, *, clip: bool | None = No
 
     Raises:
         ImportError: diffusers is not installed.
-        TypeError: ``source`` is something else.
+        TypeError: ``source`` is something else; ``clip`` or ``null`` of another kind.
         FileNotFoundError: nothing saved there.
         ValueError: no scheduler; one without a chain, or whose chain keeps no signal; thresholding
-            without ``clip=False``; other channels out than in; a folder that is damaged. At a
-            call, no label for a network that needs one.
+            without ``clip=False``; other channels out than in; a ``null`` that is no label of
+            the network; a folder that is damaged. At a call, no label for a network that needs
+            one.
 
     Reference:
         eq-interop-betas, eq-interop-index, eq-interop-clip.
     """
     unet, scheduler = _parts(source, scheduler, diffusers := _diffusers())
     _require_mappable(unet, scheduler, diffusers)
+    _require_options(unet, clip, null)
     config, side = scheduler.config, unet.config.sample_size
     if clip is None and config.get("thresholding"):
         raise ValueError("dynamic thresholding cannot be mapped: clip=False leaves x0_hat alone")

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import (require_choice, require_floating, require_positive_int,
-                              require_shape)
+from .checks import require_choice, require_floating, require_positive_int, require_shape
 
 # %% auto #0
 __all__ = ['time_features', 'zero_init', 'MLP', 'UNet', 'patchify', 'unpatchify', 'position_features', 'DiT', 'from_config']
@@ -25,6 +24,12 @@ def _require_multiple(name: str, value: int, of: int) -> None:
     """Refuses a size that does not divide."""
     if value % of:
         raise ValueError(f"{name} must be divisible by {of}; got {value}")
+
+
+
+def _seen(value: object) -> str:
+    """What a refused value is, for the message."""
+    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else repr(value)
 
 # %% ../nbs/21_networks.ipynb #94ecd70f
 def time_features(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
@@ -71,14 +76,14 @@ class _Embedding(nn.Module):
 # %% ../nbs/21_networks.ipynb #f818ca8b
 def _check_inputs(x: Tensor, t: Tensor, cond: Tensor | None, n_classes: int | None) -> None:
     """Refuses what the embedding cannot take."""
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t must have shape ({len(x)},), one time a sample; got {tuple(t.shape)}")
+    if not torch.is_tensor(t) or t.shape != x.shape[:1]:
+        raise ValueError(f"t must have shape ({len(x)},), one time a sample; got {_seen(t)}")
     if cond is None:
         return
     if n_classes is None:
         raise ValueError("cond was given to a network without classes: build it with n_classes=")
-    if cond.shape != t.shape or cond.dtype != torch.int64:
-        raise ValueError(f"cond must be int64 ({len(x)},); got {cond.dtype} {tuple(cond.shape)}")
+    if not torch.is_tensor(cond) or cond.shape != t.shape or cond.dtype != torch.int64:
+        raise ValueError(f"cond must be int64 ({len(x)},); got {_seen(cond)}")
     if cond.device.type == "cpu" and not torch.compiler.is_compiling() and cond.numel():
         low, high = int(cond.min()), int(cond.max())
         if low < -1 or high >= n_classes:
@@ -185,8 +190,7 @@ class MLP(_Net):
                  frequencies: int | None = None, bandwidth: float = 1.0):
         super().__init__(locals(), "hidden")
         _require_multiple("hidden", hidden, 2)
-        waves = bandwidth * torch.randn(frequencies, dim) if frequencies else None
-        self.register_buffer("waves", waves)
+        self.register_buffer("waves", frequencies and bandwidth * torch.randn(frequencies, dim))
         self.first = nn.Linear(dim + 2 * (frequencies or 0), hidden)
         self.blocks = nn.ModuleList(_Block(hidden) for _ in range(depth))
         self.last = zero_init(nn.Linear(hidden, out_channels * dim))
@@ -297,12 +301,12 @@ class _UShape(_Net):
         return self.last(F.silu(self.norm(h)))
 
 
-def _check_image(x: Tensor, multiple: int, channels: int | None = None) -> None:
+def _check_image(x: Tensor, factor: int, channels: int | None = None) -> None:
     """Refuses images of another kind, or of a size that cannot be divided."""
-    if x.ndim != 4 or channels not in (None, x.shape[1]):
-        raise ValueError(f"x must have shape (B, {channels or 'C'}, H, W); got {tuple(x.shape)}")
-    if x.shape[2] % multiple or x.shape[3] % multiple:
-        raise ValueError(f"H and W must be divisible by {multiple}; got {x.shape[2]}×{x.shape[3]}")
+    if not torch.is_tensor(x) or x.ndim != 4 or channels not in (None, x.shape[1]):
+        raise ValueError(f"x must have shape (B, {channels or 'C'}, H, W); got {_seen(x)}")
+    if x.shape[2] % factor or x.shape[3] % factor or 0 in x.shape[2:]:
+        raise ValueError(f"H, W > 0 must be divisible by {factor}; got {x.shape[2]}×{x.shape[3]}")
 
 # %% ../nbs/21_networks.ipynb #fd0fa67e
 class UNet(_UShape):
@@ -366,6 +370,7 @@ def patchify(x: Tensor, patch: int) -> Tensor:
         ``(B, H / patch * W / patch, C * patch**2)``, each token ordered as (channel, row, column).
 
     Raises:
+        TypeError: ``patch`` is not an int.
         ValueError: ``x`` has another shape, or ``patch`` does not divide its height and width.
 
     Reference:
@@ -388,8 +393,11 @@ def unpatchify(tokens: Tensor, patch: int, size: Sequence[int]) -> Tensor:
         ``(B, C, H, W)``.
 
     Raises:
-        ValueError: another number of tokens than the image has squares.
+        TypeError: ``patch`` is not an int.
+        ValueError: another number of tokens than the image has squares, or a size that ``patch``
+            does not divide.
     """
+    _require_multiple("H and W", math.gcd(*size), require_positive_int("patch", patch))
     require_shape("tokens", tokens, (size[0] * size[1] // patch**2, tokens.shape[-1]))
     squares = tokens.unflatten(1, (size[0] // patch, -1)).unflatten(3, (-1, patch, patch))
     return squares.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (B, C, h, p, w, p) before
@@ -410,17 +418,17 @@ def position_features(height: int, width: int, dim: int, *, device: torch.device
         ``(height * width, dim)``, row by row.
 
     Raises:
+        TypeError: ``dim`` is not an int.
         ValueError: ``dim`` is not divisible by 4.
 
     Reference:
         Vaswani et al. (2017), section 3.5, in two dimensions as Peebles and Xie (2023), section
         3.2; ``eq-net-positions``.
     """
-    _require_multiple("dim", dim, 4)
+    _require_multiple("dim", require_positive_int("dim", dim), 4)
     row, column = (time_features(torch.arange(n, device=device).to(dtype), dim // 2, 1.0)
                    for n in (height, width))
-    rows, columns = row[:, None].expand(-1, width, -1), column.expand(height, -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)
+    return torch.cat([row.repeat_interleave(width, 0), column.repeat(height, 1)], 1)
 
 # %% ../nbs/21_networks.ipynb #5cbd5b4b
 def _modulated(h: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -503,7 +511,8 @@ def from_config(config: dict) -> MLP | UNet | DiT:
         The network, newly initialised; its weights are loaded separately.
 
     Raises:
-        ValueError: an unknown name.
+        TypeError: arguments that the class does not have.
+        ValueError: an unknown name, or sizes that the class refuses.
     """
     kinds, sizes = {kind.__name__: kind for kind in (MLP, UNet, DiT)}, dict(config)
     return kinds[require_choice("name", sizes.pop("name", None), kinds)](**sizes)

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from errno import EIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from .checkpoints import appearing
 from .processes import Process
 
 # %% auto #0
-__all__ = ['to_bytes', 'page', 'state_size', 'Film', 'write_samples']
+__all__ = ['to_bytes', 'page', 'state_size', 'Film', 'replacing', 'require_folder', 'write_samples']
 
 # %% ../nbs/90_pictures.ipynb #b0334c59
 def to_bytes(x: Tensor, low: float = -1.0, high: float = 1.0) -> np.ndarray:
@@ -110,6 +112,42 @@ class Film:
         """Returns the frames in order, each uint8 ``(n, H, W, channels)``."""
         return [np.concatenate(self._parts[i]) for i in sorted(self._parts)]
 
+# %% ../nbs/90_pictures.ipynb #4444189f
+@contextmanager
+def replacing(out: Path) -> Iterator[BinaryIO]:
+    """Lends a file that takes its place at a path when it is whole.
+
+    Args:
+        out: where; folders on the way are made, and a file that is there is replaced.
+
+    Yields:
+        The file, open for bytes.
+
+    Raises:
+        OSError: it cannot be written; the message names ``out``, and what was there still is.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(out) as draft, open(draft, "wb") as file:
+            yield file
+    except OSError as error:
+        said = f"{out} was not written: {error.strerror or error}"
+        raise OSError(error.errno or EIO, said) from error
+
+# %% ../nbs/90_pictures.ipynb #0d72da90
+def require_folder(folder: Path) -> None:
+    """Refuses a path that leads through a file, where no folder can be made.
+
+    Args:
+        folder: which is there, or will be made.
+
+    Raises:
+        NotADirectoryError: it is a file, or in one.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file, not a folder: choose another --out")
+
 # %% ../nbs/90_pictures.ipynb #46d15649
 def write_samples(out: Path, x: Tensor, film: Film, columns: int | None = None,
                   **told: Any) -> None:
@@ -130,8 +168,7 @@ def write_samples(out: Path, x: Tensor, film: Film, columns: int | None = None,
     writers = {".npz": _numbers, ".png": _picture, ".gif": _moving}
     if out.suffix.lower() not in writers:
         raise ValueError(f"{out} must end in {', '.join(writers)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(out) as draft, open(draft, "wb") as file:
+    with replacing(out) as file:
         writers[out.suffix.lower()](file, x, film, columns, told)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from . import pretrained
@@ -26,6 +25,7 @@ from .batches import Batches, kept_randomness, stream
 from .checkpoints import (appearing, append_log, checkpoints, first_difference,
                                    last_checkpoint, patient, read_run, recipe_of, snapshots, sweep,
                                    truncate_log, write_checkpoint, write_snapshot)
+from .checks import require_positive_int
 from .denoisers import Denoiser
 from .samplers import sample
 from .training import gamma_of, posthoc_weights
@@ -79,15 +79,32 @@ def _describable(denoiser: Denoiser) -> bool:
 
 
 @contextmanager
-def _disk(run: _Run) -> Iterator[None]:
+def _disk(run: _Run, what: str = "") -> Iterator[None]:
     """Says in one line what a disk that is full, or fails, leaves behind."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"step {run.state.k} was not saved: {error.strerror or error}; "
-                      f"the last checkpoint in {run.options.out} is as it was") from error
+        why = f"{error.strerror or error}" + f" ({error.filename})" * bool(error.filename)
+        raise OSError(error.errno, f"{what}step {run.state.k} was not saved: {why}; the last "
+                      f"checkpoint in {run.options.out} is as it was") from error
 
 # %% ../nbs/27_runs.ipynb #1c7c05b0
+def _versions() -> dict[str, str]:
+    """What wrote a file."""
+    return {name: str(sys.modules[name].__version__) for name in ("torch", "diffnotes")}
+
+
+def _publish(run: _Run) -> None:
+    """Writes the averaged denoiser, where ``load`` could build it."""
+    o, levels = run.options, getattr(run.options.data, "levels", None)
+    if not run.writes or not _describable(o.denoiser):
+        return
+    told = levels and {"data_range": (levels.low, levels.high), "levels": levels.count}
+    info = {"step": run.state.k, "recipe": run.recipe, "versions": _versions()}
+    with _disk(run):
+        pretrained.save(_settle(run), o.out, info=info, **told or {})
+
+
 def _save(run: _Run) -> None:
     """Writes averages, checkpoint and model, each whole or not at all."""
     o, state, k = run.options, run.state, run.state.k
@@ -95,18 +112,13 @@ def _save(run: _Run) -> None:
         return
     _require_sound(run)
     scaler = run.engine.scaler and run.engine.scaler.state_dict()
-    versions = {name: str(sys.modules[name].__version__) for name in ("torch", "diffnotes")}
-    facts = {"steps": run.steps, "minutes": o.minutes, "seconds": run.seconds(),
-             "processes": run.world, "scaler": scaler, "versions": versions, "recipe": run.recipe}
-    levels = getattr(o.data, "levels", None)
-    told = levels and {"data_range": (levels.low, levels.high), "levels": levels.count}
+    facts = {"steps": run.steps, "minutes": o.minutes, "seconds": run.seconds(), "scaler": scaler,
+             "processes": run.world, "versions": _versions(), "recipe": run.recipe}
     with _disk(run):
         if o.profiles and k:
             write_snapshot(o.out, k, state.profiles())
         write_checkpoint(o.out, k, state_tensors(state), facts)
-        if _describable(o.denoiser):
-            info = {"step": k, "recipe": run.recipe, "versions": versions}
-            pretrained.save(_settle(run), o.out, info=info, **told or {})
+    _publish(run)
     run.saved = k
 
 # %% ../nbs/27_runs.ipynb #5f1ebfcc
@@ -116,19 +128,31 @@ def _board(o: SimpleNamespace, k: int) -> Any:
     return SummaryWriter(str(Path(o.out, "tensorboard")), purge_step=k)
 
 # %% ../nbs/27_runs.ipynb #548af116
+_OURS = ("config.json", "model.safetensors", "log.jsonl", "averages", "samples", "tensorboard")
+
+
+def _stored(run: _Run) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint in the folder, if this run may go on from it; None to start."""
+    o, files = run.options, [name for name in _OURS if Path(run.options.out, name).exists()]
+    if checkpoints(o.out) and not o.resume:
+        raise FileExistsError(f"{o.out} holds a run: pass resume=True to take it up, or choose "
+                              "another folder")
+    if files and not checkpoints(o.out):
+        raise FileExistsError(f"{o.out} holds {files[0]} and no checkpoint: choose another folder")
+    found = last_checkpoint(o.out)
+    difference = found and first_difference(found[1]["recipe"], run.recipe)
+    if difference:
+        raise ValueError(f"{o.out} holds another run: {difference}")
+    if found and o.steps and o.steps < found[1]["step"]:
+        raise ValueError(f"{o.out} is at step {found[1]['step']} already; got steps={o.steps}")
+    return found
+
+# %% ../nbs/27_runs.ipynb #aa0fb6f8
 def _begin(run: _Run) -> None:
     """Takes up the run that is on disk, or starts one there."""
-    o, state = run.options, run.state
-    files = [name for name in ("config.json", "model.safetensors") if Path(o.out, name).exists()]
-    if checkpoints(o.out) and not o.resume or files and not checkpoints(o.out):
-        raise FileExistsError(f"{o.out} holds a run or a model: pass resume=True to take a run up,"
-                              " or choose another folder")
-    found = last_checkpoint(o.out)
+    o, state, found = run.options, run.state, _stored(run)
     if found:
         stored, facts = found
-        difference = first_difference(facts["recipe"], run.recipe)
-        if difference:
-            raise ValueError(f"{o.out} holds another run: {difference}")
         fill_state(state, stored)
         state.k, run.before, run.saved = facts["step"], facts["seconds"], facts["step"]
         if facts["scaler"]:
@@ -139,8 +163,8 @@ def _begin(run: _Run) -> None:
     if run.writes:
         Path(o.out).mkdir(parents=True, exist_ok=True)
         sweep(o.out)
+        _publish(run) if found else _save(run)
         truncate_log(o.out, state.k)
-        _save(run)
         run.board = _board(o, state.k) if o.tensorboard else None
 
 # %% ../nbs/27_runs.ipynb #e74a41a9
@@ -153,7 +177,7 @@ def _report(run: _Run, bar: tqdm) -> None:
              "processes": run.world}
     bar.set_postfix(loss=f"{entry['loss']:.3g}", refresh=False)
     if run.writes:
-        with _disk(run):
+        with _disk(run, "the log of "):
             append_log(o.out, entry)
     if run.board:
         for name in ("loss", "lr", "samples_per_s"):
@@ -182,7 +206,7 @@ def _show(run: _Run) -> None:
     picture, zoom = Image.fromarray(grid.squeeze(-1).numpy()), max(1, 512 // grid.shape[1])
     picture = picture.resize([zoom * side for side in picture.size], Image.Resampling.NEAREST)
     target = Path(o.out, "samples", f"step-{run.state.k:08d}.png")
-    with _disk(run):
+    with _disk(run, "the picture of "):
         target.parent.mkdir(exist_ok=True)
         with appearing(target) as draft:
             picture.save(draft, format="PNG")
@@ -263,21 +287,22 @@ def train(denoiser: Denoiser, data: Any, *, steps: int | None = None, minutes: f
     """Trains the network of a denoiser in place; returns a denoiser with the averaged weights.
 
     AdamW on the loss of chapter 22, through Hugging Face Accelerate. What step k draws is a
-    function of the seed and k; so a run that was killed, and is resumed, ends in the same weights
+    function of the seed and k. So a run that was killed, and is resumed, ends in the same weights
     bit for bit on the same machine, and several processes take the steps of one, up to rounding.
 
     Args:
         denoiser: a denoiser whose ``net`` is a module with parameters, on the device to use; under
             several processes it is moved to where Accelerate has a place for each.
-        data: samples ``(n, *D)``, floating; or (samples, labels) with labels int64 ``(n,)``; or a
-            ``Dataset`` whose items are such a sample, or a pair.
+        data: samples ``(n, *D)``, floating; or (samples, labels) with labels int64 ``(n,)``, -1
+            for none; or a ``Dataset`` whose items are such a sample, or a pair. A network with
+            ``n_classes`` needs labels.
         steps: number of updates; or leave it out and give ``minutes``.
         minutes: how long to train, over all sessions; the number of steps then depends on the
             machine.
         batch_size: samples in an update, over all processes and parts.
         accumulate: parts that each process computes its share in, to save memory.
         lr: largest step size.
-        schedule: a key of ``SCHEDULES``, or a function from progress in [0, 1) to a share of it.
+        schedule: a key of ``SCHEDULES``, or a function from progress in [0, 1) to a share of lr.
         warmup: steps over which the step size rises; by default a tenth of all, at most 100.
         weighting: a key of ``WEIGHTINGS``.
         times: a key of ``TIMES``, or a function as in ``draw_times``.
@@ -289,14 +314,15 @@ def train(denoiser: Denoiser, data: Any, *, steps: int | None = None, minutes: f
         precision: of the network's arithmetic: no (its own), bf16 or fp16; loss, times and
             weights stay as they are.
         compile: run the network through ``torch.compile``.
-        augment: called as augment(x0, generator) on each part of a batch; returns its like.
+        augment: called as augment(x0, generator) on each part of a batch ``(b, *D)``; returns
+            samples of that shape.
         seed: int >= 0, of data order, times, noise, forgotten labels and dropout; the global
             generators are left as they were.
         out: folder for config.json and model.safetensors (the averaged denoiser, for ``load``),
-            checkpoints, averages, log.jsonl, samples and TensorBoard; nothing is written without.
+            checkpoints, averages, log.jsonl, samples and TensorBoard; None writes nothing.
         resume: take up the run in ``out``, if there is one.
         save_every: steps between checkpoints, of which two are kept; by default a tenth of the
-            run, at most 5000.
+            run, at most 5000; the last step is always saved.
         log_every: steps between lines of the log.
         sample_every: steps between grids of samples, for images.
         tensorboard: log there too.
@@ -309,13 +335,15 @@ def train(denoiser: Denoiser, data: Any, *, steps: int | None = None, minutes: f
         A new denoiser in evaluation mode, its parameters without gradients.
 
     Raises:
-        TypeError: ``denoiser`` is none, data or labels of another dtype or kind, or ``seed``,
-            ``steps`` or ``batch_size`` not an int.
+        TypeError: ``denoiser`` is none, data or labels are of another dtype or kind, or another
+            argument is of another kind than it should be.
         ValueError: no parameters, empty data, more than two parts, shapes that disagree, values
-            that are not finite, labels that the network does not have, an argument out of range;
-            or the run in ``out`` has another recipe, network or data: the first difference is
-            named.
-        FileExistsError: ``out`` holds a run, and ``resume`` is False; or files of something else.
+            that are not finite, labels that the network does not have or none where it has
+            classes, an argument out of range; or the run in ``out`` has another recipe, network
+            or data, the first difference of which is named, or more steps.
+        FileExistsError: ``out`` holds a run, and ``resume`` is False; or it has no checkpoint, but
+            files of a run's names.
+        NotADirectoryError: ``out`` is a file.
         FloatingPointError: a loss or weight that is not finite; the message names the step.
         OSError: the disk is full, or fails; the last checkpoint is as it was.
         ImportError: Accelerate, or something else that was asked for, is not installed.
@@ -326,8 +354,8 @@ def train(denoiser: Denoiser, data: Any, *, steps: int | None = None, minutes: f
     """
     options = SimpleNamespace(**locals())
     check_options(options)
-    home, mode, unused = denoiser.device, denoiser.net.training, _unlabelled(denoiser, data)
-    with accelerator(home, precision, unused) as engine, kept_randomness(home):
+    home, mode = denoiser.device, denoiser.net.training
+    with accelerator(home, precision) as engine, kept_randomness(home):
         run = _Run(options, engine)
         if out is not None:
             _begin(run)
@@ -339,13 +367,6 @@ def train(denoiser: Denoiser, data: Any, *, steps: int | None = None, minutes: f
             denoiser.train(mode)
             run.board and run.board.close()
     return _settle(run)
-
-# %% ../nbs/27_runs.ipynb #a1d29bdf
-def _unlabelled(denoiser: Denoiser, data: Any) -> bool:
-    """Says whether a network has places for labels that these data do not use."""
-    pair = isinstance(data, (tuple, list)) and len(data) == 2
-    labels = pair or (isinstance(data, Dataset) and getattr(data, "labels", True) is not None)
-    return not labels and getattr(denoiser.net, "n_classes", None) is not None
 
 # %% ../nbs/27_runs.ipynb #63715934
 def posthoc(out: str | os.PathLike, sigma_rel: float, *, step: int | None = None) -> Denoiser:
@@ -360,7 +381,8 @@ def posthoc(out: str | os.PathLike, sigma_rel: float, *, step: int | None = None
         A denoiser in evaluation mode.
 
     Raises:
-        FileNotFoundError: no such run.
+        FileNotFoundError: no such run, or its network has no configuration.
+        TypeError: ``step`` is not an int.
         ValueError: it stored no averages, or numbers out of range.
 
     Reference:
@@ -368,7 +390,7 @@ def posthoc(out: str | os.PathLike, sigma_rel: float, *, step: int | None = None
     """
     denoiser, stored, total = pretrained.load(out), snapshots(out), {}
     widths = read_run(out)["recipe"]["profiles"]
-    step = max(stored, default=0) if step is None else step
+    step = max(stored, default=0) if step is None else require_positive_int("step", step)
     pairs = [(k, width) for k in stored if k <= step for width in widths]
     if not pairs:
         raise ValueError(f"{out} has no averages up to step {step}: train with profiles=(…)")

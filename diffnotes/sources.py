@@ -31,6 +31,15 @@ def _of(where: Any) -> Iterator[None]:
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{where}: {error}") from None
 
+
+def _path(source: str | os.PathLike) -> Path:
+    """A path that names something."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"a path must be text or a Path; got {source!r}")
+    if not str(source):
+        raise ValueError("an empty path names nothing; the current folder is '.'")
+    return Path(source)
+
 # %% ../nbs/93_sources.ipynb #e3c198f2
 def _channels_first(x: np.ndarray | Tensor) -> Tensor:
     """A batch (n, H, W), (n, C, H, W) or (n, H, W, C) with the channels, 1 to 4, in front."""
@@ -42,12 +51,15 @@ def _channels_first(x: np.ndarray | Tensor) -> Tensor:
     raise ValueError(f"no images with 1 to 4 channels, or not to be told which axis they are on:"
                      f" shape {tuple(x.shape)}")
 
-
+# %% ../nbs/93_sources.ipynb #f054e59d
 def _as_counts(x: np.ndarray | Tensor, levels: Levels, value_range: tuple[float, float] | None
                ) -> Tensor:
     """Whole numbers as they are; floating-point values by the levels that they must lie on."""
     wide = isinstance(x, np.ndarray) and x.dtype.kind == "u" and x.itemsize > 1
-    x = torch.as_tensor(x.astype(np.int64) if wide else x)
+    try:
+        x = torch.as_tensor(x.astype(np.int64) if wide else x)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"a {type(x).__name__} is no picture, tensor or array") from None
     if not x.is_floating_point():
         return x.to(torch.uint8) if x.dtype == torch.bool else x
     if value_range is None:
@@ -126,7 +138,7 @@ def mnist_like(folder: str | os.PathLike, split: str = "train", *,
     """
     part = {"train": "train", "test": "t10k"}[require_choice("split", split, ("train", "test"))]
     where = "yann.lecun.com/exdb/mnist (MNIST) or github.com/zalandoresearch/fashion-mnist"
-    paths = [_found(Path(folder), [f"{part}-{kind}{dot}idx{axes}-ubyte{packed}" for dot in "-."
+    paths = [_found(_path(folder), [f"{part}-{kind}{dot}idx{axes}-ubyte{packed}" for dot in "-."
                                    for packed in ("", ".gz")], where)
              for kind, axes in (("images", 3), ("labels", 1))]
     counts, labels = map(read_idx, paths)
@@ -159,7 +171,7 @@ def cifar10(folder: str | os.PathLike, split: str = "train") -> Images:
         Krizhevsky (2009).
     """
     require_choice("split", split, ("train", "test"))
-    folder = Path(folder)
+    folder = _path(folder)
     batches = [(f"data_batch_{i}", f"cifar10-train-{i}.npz") for i in range(1, 6)]
     batches = batches if split == "train" else [("test_batch", "cifar10-test.npz")]
     paths = [_found(folder, names, "www.cs.toronto.edu/~kriz/cifar.html") for names in batches]
@@ -213,7 +225,7 @@ def image_folder(folder: str | os.PathLike, *, size: int | tuple[int, int] | Non
         ValueError: no pictures, a damaged one, or one that differs from the first; the message
             names the file.
     """
-    groups = _classes(Path(folder))
+    groups = _classes(_path(folder))
     paths = [path for group in groups.values() for path in group]
     labels = [label for label, group in enumerate(groups.values()) for _ in group]
     first = read_image(paths[0], size=size, channels=channels)
@@ -258,12 +270,12 @@ def from_dataset(dataset: Any, *, levels: Levels | None = None,
         The images, all read now; names of the classes from the dataset, if it has any.
 
     Raises:
-        TypeError: no length, as of a stream, or several splits of which none was chosen.
+        TypeError: no length, as of a stream, several splits of which none was chosen, or text.
         ValueError: empty, images of several sizes, values on no levels, or labels of some only;
             the message names the item.
     """
-    if isinstance(dataset, Mapping) or not hasattr(dataset, "__len__"):
-        raise TypeError(f"a {type(dataset).__name__} is no sequence of items: choose a split, "
+    if isinstance(dataset, Mapping | str | bytes) or not hasattr(dataset, "__len__"):
+        raise TypeError(f"{type(dataset).__name__} is no sequence of items: choose a split, "
                         "or take as many items of a stream as you need into a list")
     counts, labels = None, []
     for i in range(len(dataset)):
@@ -368,12 +380,13 @@ def open_data(source: str | os.PathLike, split: str = "train", *,
         The images.
 
     Raises:
+        TypeError: ``source`` is neither text nor a path.
         FileNotFoundError: nothing there, or a part of it is missing.
         ValueError: a split that is not there, a file of another kind, or a damaged one.
     """
-    if str(source) == "digits":
+    path = _path(source)
+    if str(path) == "digits":
         return digit_images(split)
-    path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"there is no {str(source)!r}: give 'digits', an .npz file or a "
                                 "folder (nothing is downloaded here)")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .checks import require_choice, require_positive_int
+from .checks import require_choice, require_floating, require_positive_int, require_time
 from .ddpm import bound_weight
 from .denoisers import Denoiser, convert, from_x0_eps
 from .processes import Discrete, Process
@@ -64,13 +65,15 @@ def loss(denoiser: Denoiser, x0: Tensor, *, t: float | Tensor, eps: Tensor,
         ``(B,)``, a mean over the numbers of a sample, differentiable in the network's weights.
 
     Raises:
-        TypeError: ``x0``, ``eps`` or ``t`` of another kind.
+        TypeError: ``denoiser`` is none; ``x0``, ``eps`` or ``t`` of another kind.
         ValueError: an unknown weighting, or one that the denoiser does not have; shapes that
             disagree, t outside [0, 1].
 
     Reference:
         ``eq-train-loss``; for the weightings, the table of chapter 22.
     """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"denoiser must be a Denoiser, got {type(denoiser).__name__}")
     coordinate, factor = WEIGHTINGS[require_choice("weighting", weighting, WEIGHTINGS)]
     process, scale = denoiser.process, {"sigma_data": denoiser.sigma_data}
     x_t = process.perturb(x0, t, eps)
@@ -81,6 +84,13 @@ def loss(denoiser: Denoiser, x0: Tensor, *, t: float | Tensor, eps: Tensor,
     return factor(process, t) * error.square().flatten(1).mean(1)
 
 # %% ../nbs/22_training.ipynb #733cdf07
+def _unit(process: Process, u: Tensor) -> Tensor:
+    """The numbers, if they lie in [0, 1] and there is a process to take them."""
+    if not isinstance(process, Process):
+        raise TypeError(f"process must be a Process such as VP(), got {type(process).__name__}")
+    return require_time(require_floating("u", u), name="u")
+
+
 def uniform_times(process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the times t_min + (t_max - t_min) u, and weights of 1.
 
@@ -92,9 +102,14 @@ def uniform_times(process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         t and weight, each ``(n,)`` in the dtype of ``u``.
 
+    Raises:
+        TypeError: no process, or ``u`` is no floating-point tensor.
+        ValueError: ``u`` outside [0, 1] (seen on a CPU).
+
     Reference:
         ``eq-train-inverse``.
     """
+    u = _unit(process, u)
     if isinstance(process, Discrete):
         first = round(process.t_min * process.n_steps)
         count = process.n_steps - first + 1
@@ -119,15 +134,13 @@ def importance_times(process: Process, u: Tensor, heights: Tensor,
         t and weight, each ``(n,)``; the base's weight times mean height over height.
 
     Raises:
+        TypeError: as of ``uniform_times``; heights that are no tensor.
         ValueError: heights that are not positive and finite, or no vector (seen on a CPU).
 
     Reference:
         Nichol & Dhariwal (2021), section 3.3; ``eq-train-inverse``, ``eq-train-optimal``.
     """
-    heights = heights.to(u)
-    if heights.ndim != 1 or heights.device.type == "cpu" and not (
-            (heights > 0) & heights.isfinite()).all():
-        raise ValueError(f"heights must be a vector of positive finite numbers; got {heights}")
+    heights = _positive(heights).to(_unit(process, u))
     share = heights / heights.sum()
     ends = share.cumsum(0)
     cell = torch.searchsorted(ends, u.contiguous(), right=True).clamp(max=len(share) - 1)
@@ -135,6 +148,16 @@ def importance_times(process: Process, u: Tensor, heights: Tensor,
     inside = ((u - ends[cell] + mass) / mass).clamp(0, 1 - torch.finfo(u.dtype).eps)
     t, weight = base(process, (cell + inside) / len(share))
     return t, weight / (len(share) * mass)
+
+
+def _positive(heights: Tensor) -> Tensor:
+    """The heights, if they can be a density."""
+    if not torch.is_tensor(heights):
+        raise TypeError(f"heights must be a tensor, got {type(heights).__name__}")
+    if heights.ndim != 1 or not len(heights) or heights.device.type == "cpu" and not (
+            (heights > 0) & heights.isfinite()).all():
+        raise ValueError(f"heights must be a vector of positive finite numbers; got {heights}")
+    return heights
 
 # %% ../nbs/22_training.ipynb #e46c7267
 def log_snr_times(process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,10 +173,14 @@ def log_snr_times(process: Process, u: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         t and weight, each ``(n,)`` in the dtype of ``u``.
 
+    Raises:
+        TypeError, ValueError: as of ``uniform_times``.
+
     Reference:
         Song et al. (2021), Maximum Likelihood Training, whose proposal has this density;
         ``eq-train-inverse``.
     """
+    u = _unit(process, u)
     if isinstance(process, Discrete):
         k = torch.arange(round(process.t_min * process.n_steps), process.n_steps + 1).to(u)
         return importance_times(process, u, _slope(process, k / process.n_steps))
@@ -188,12 +215,13 @@ def log_normal_times(process: Process, u: Tensor, mean: float = -1.2,
         t and weight, each ``(n,)`` in the dtype of ``u``.
 
     Raises:
+        TypeError: as of ``uniform_times``.
         ValueError: ``std`` is not positive, or no noise level of the process is within reach.
 
     Reference:
         Karras et al. (2022), table 1; ``eq-train-lognormal``.
     """
-    high, low = _ends(process)
+    u, (high, low) = _unit(process, u), _ends(process)
     edges = torch.tensor([-high / 2, -low / 2], dtype=torch.float64)
     below, above = torch.special.ndtr((edges - mean) / std).tolist()
     if not (std > 0 and below < above):
@@ -230,8 +258,9 @@ def draw_times(process: Process, n: int, *,
         ``times`` either way.
 
     Raises:
-        TypeError: ``n`` is not an int.
-        ValueError: ``n`` is less than 1, ``times`` is unknown, or returns other shapes.
+        TypeError: ``n`` is not an int, or the process none.
+        ValueError: ``n`` is less than 1, ``times`` is unknown, or returns anything but two
+            tensors of n numbers.
 
     Reference:
         Kingma et al. (2021), whose low-discrepancy sampler shares one offset;
@@ -243,11 +272,13 @@ def draw_times(process: Process, n: int, *,
         u = (torch.arange(n, device=u.device) + u) / n
     if not callable(times):
         times = partial(TIMES[require_choice("times", times, TIMES)], process)
-    t, weight = times(u)
-    if not t.shape == weight.shape == u.shape:
-        raise ValueError(f"times must return two ({n},) tensors; got shapes {tuple(t.shape)}"
-                         f" and {tuple(weight.shape)}")
-    return t.float(), weight.float()
+    pair = times(_unit(process, u))
+    parts = pair if isinstance(pair, tuple) else (pair,)
+    got = [tuple(x.shape) if torch.is_tensor(x) else type(x).__name__ for x in parts]
+    if got != 2 * [(n,)]:
+        raise ValueError(f"times must return two ({n},) tensors; got "
+                         + " and ".join(map(str, got)))
+    return parts[0].float(), parts[1].float()
 
 # %% ../nbs/22_training.ipynb #f017a5bc
 def level_means(process: Process, t: Tensor, values: Tensor, cells: int = 10) -> Tensor:
@@ -264,13 +295,13 @@ def level_means(process: Process, t: Tensor, values: Tensor, cells: int = 10) ->
         ``(cells,)``, in the dtype of ``values``; the cleanest cell first.
 
     Raises:
-        TypeError: ``cells`` is not an int.
-        ValueError: shapes that disagree.
+        TypeError: ``cells`` is not an int, times or values are no floating-point tensors.
+        ValueError: shapes that disagree, times outside [0, 1].
 
     Reference:
         Nichol & Dhariwal (2021), section 3.3; ``eq-train-optimal``.
     """
-    if t.ndim != 1 or t.shape != values.shape:
+    if require_floating("t", t).ndim != 1 or t.shape != require_floating("values", values).shape:
         raise ValueError(f"one value for each time: {tuple(t.shape)}, {tuple(values.shape)}")
     high, low = _ends(process)
     share = (high - process.log_snr(t)) / (high - low) * require_positive_int("cells", cells)
@@ -278,6 +309,13 @@ def level_means(process: Process, t: Tensor, values: Tensor, cells: int = 10) ->
     return zeros.index_add(0, cell, values) / zeros.index_add(0, cell, torch.ones_like(values))
 
 # %% ../nbs/22_training.ipynb #cc71b96b
+def _require_numbers(**values: object) -> None:
+    """Refuses what is no real number."""
+    for name, value in values.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def ema_decay(k: int, limit: float = 0.999) -> float:
     """Returns the decay min(limit, (1 + k) / (10 + k)) of the weight average at step k.
 
@@ -289,11 +327,13 @@ def ema_decay(k: int, limit: float = 0.999) -> float:
         A number in [0, 1): what the average keeps of itself.
 
     Raises:
+        TypeError: ``k`` or ``limit`` is no number.
         ValueError: ``k`` is negative, or ``limit`` outside [0, 1].
 
     Reference:
         ``eq-train-ema``.
     """
+    _require_numbers(k=k, limit=limit)
     if k < 0 or not 0 <= limit <= 1:
         raise ValueError(f"k must be at least 0 and limit in [0, 1]; got {k} and {limit}")
     return min(limit, (1 + k) / (10 + k))
@@ -309,13 +349,19 @@ def ema_update(average: list[Tensor], current: list[Tensor], decay: float) -> No
         decay: a number in [0, 1].
 
     Raises:
-        ValueError: the lists differ in length.
+        ValueError: the lists differ in length or shapes, or ``decay`` outside [0, 1].
 
     Reference:
         ``eq-train-ema``.
     """
-    current = [now.to(mean.dtype) for mean, now in zip(average, current, strict=True)]
-    torch._foreach_lerp_(average, current, 1 - decay)
+    if [mean.shape for mean in average] != [now.shape for now in current]:
+        raise ValueError(f"one average for each weight, of its shape: {len(average)} averages,"
+                         f" {len(current)} weights")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay must be in [0, 1]; got {decay}")
+    if average:
+        current = [now.to(mean.dtype) for mean, now in zip(average, current, strict=True)]
+        torch._foreach_lerp_(average, current, 1 - decay)
 
 # %% ../nbs/22_training.ipynb #41f36a81
 def gamma_of(sigma_rel: float) -> float:
@@ -329,11 +375,13 @@ def gamma_of(sigma_rel: float) -> float:
         The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2.
 
     Raises:
+        TypeError: ``sigma_rel`` is no number.
         ValueError: ``sigma_rel`` out of range.
 
     Reference:
         Karras et al. (2024), equation 123; ``eq-train-width``.
     """
+    _require_numbers(sigma_rel=sigma_rel)
     if not 0 < sigma_rel <= 12**-0.5:
         raise ValueError(f"sigma_rel must be in (0, {12**-0.5:.4f}]; got {sigma_rel}")
     v = float(sigma_rel) ** -2
@@ -351,14 +399,29 @@ def power_decay(k: int, gamma: float) -> float:
         A number in [0, 1): what the average keeps of itself.
 
     Raises:
+        TypeError: ``k`` or ``gamma`` is no number.
         ValueError: ``k`` is negative, or ``gamma`` at most -1.
 
     Reference:
         Karras et al. (2024), equation 127; ``eq-train-power-update``.
     """
+    _require_numbers(k=k, gamma=gamma)
     if k < 0 or not -1 < gamma < math.inf:
         raise ValueError(f"k must be at least 0 and gamma above -1; got {k} and {gamma}")
     return (k / (k + 1)) ** (gamma + 1)
+
+# %% ../nbs/22_training.ipynb #6a45ccb1
+def _profiles(steps: ArrayLike, gammas: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and exponents of a family of profiles, ``(n,)`` float64 each."""
+    try:
+        t, g = (np.asarray(x, np.float64).reshape(-1) for x in (steps, gammas))
+    except (TypeError, ValueError):
+        raise TypeError(f"steps and gammas must be numbers; got {steps!r}, {gammas!r}") from None
+    sound = len(t) == len(g) > 0 and (t > 0).all() and (g > -0.5).all()
+    if not (sound and np.isfinite([t, g]).all()):
+        raise ValueError("need finite steps > 0 and as many gammas > -1/2; got"
+                         f" {t.tolist()}, {g.tolist()}")
+    return t, g
 
 # %% ../nbs/22_training.ipynb #351d32b4
 def profile_products(steps: ArrayLike, gammas: ArrayLike, other_steps: ArrayLike,
@@ -374,11 +437,15 @@ def profile_products(steps: ArrayLike, gammas: ArrayLike, other_steps: ArrayLike
     Returns:
         ``(n, m)`` float64.
 
+    Raises:
+        TypeError: no numbers.
+        ValueError: lengths that disagree, none at all, or numbers out of range.
+
     Reference:
         Karras et al. (2024), equation 151; ``eq-train-products``.
     """
-    t, a = (np.asarray(x, np.float64)[:, None] for x in (steps, gammas))
-    s, b = (np.asarray(x, np.float64)[None, :] for x in (other_steps, other_gammas))
+    t, a = (x[:, None] for x in _profiles(steps, gammas))
+    s, b = _profiles(other_steps, other_gammas)
     ratio, long = np.minimum(t, s) / np.maximum(t, s), np.maximum(t, s)
     return (a + 1) * (b + 1) / (a + b + 1) * ratio ** np.where(t < s, b, a) / long
 
@@ -397,16 +464,14 @@ def posthoc_weights(steps: ArrayLike, gammas: ArrayLike, step: float,
         ``(n,)`` float64; some are negative; they sum to 1.
 
     Raises:
+        TypeError: no numbers.
         ValueError: nothing stored, lengths that disagree, numbers out of range, or ``step``
             beyond what is stored.
 
     Reference:
         Karras et al. (2024), algorithm 3; ``eq-train-posthoc``.
     """
-    steps, gammas = (np.asarray(x, np.float64).reshape(-1) for x in (steps, gammas))
-    if not len(steps) == len(gammas) > 0 or min(*steps, step) <= 0 or min(*gammas, gamma) <= -0.5:
-        raise ValueError("need steps > 0 and as many gammas > -1/2; got"
-                         f" {steps}, {gammas}, {step}, {gamma}")
+    (steps, gammas), _ = _profiles(steps, gammas), _profiles(step, gamma)
     if step > steps.max():
         raise ValueError(f"the last stored step is {steps.max():g}; wanted {step:g}")
     matrix = profile_products(steps, gammas, steps, gammas)

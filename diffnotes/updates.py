@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -117,14 +118,12 @@ def _accelerate() -> ModuleType:
 
 # %% ../nbs/26_updates.ipynb #e623a9a2
 @contextmanager
-def accelerator(device: torch.device, precision: str = "no",
-                unused: bool = False) -> Iterator[Any]:
+def accelerator(device: torch.device, precision: str = "no") -> Iterator[Any]:
     """Lends an Accelerator of the run's own; the program's others find things as they were.
 
     Args:
         device: where the network is; with several processes Accelerate decides.
         precision: no, bf16 or fp16.
-        unused: whether some parameters may get no gradient in a step.
 
     Yields:
         An ``accelerate.Accelerator``.
@@ -141,11 +140,9 @@ def accelerator(device: torch.device, precision: str = "no",
     for kind in kinds:
         kind._shared_state.clear()
     try:
-        wrap = accelerate.DistributedDataParallelKwargs(find_unused_parameters=unused)
         once = accelerate.utils.GradientAccumulationPlugin(num_steps=1)
-        yield accelerate.Accelerator(
-            mixed_precision=precision, cpu=cpu, device_placement=several, kwargs_handlers=[wrap],
-            gradient_accumulation_plugin=once)
+        yield accelerate.Accelerator(mixed_precision=precision, cpu=cpu, device_placement=several,
+                                     gradient_accumulation_plugin=once)
     finally:
         for kind, state in zip(kinds, before, strict=True):
             kind._shared_state.clear(), kind._shared_state.update(state)
@@ -176,6 +173,9 @@ def require_finite(losses: list[float], first: int) -> None:
     Args:
         losses: of successive steps.
         first: number of the first of them.
+
+    Raises:
+        FloatingPointError: one is infinite or NaN; the message names its step.
     """
     for k, value in enumerate(losses, first):
         if not math.isfinite(value):
@@ -193,6 +193,11 @@ class Journal:
     Args:
         engine: the Accelerator.
         process: tells the log-SNR of a time.
+
+    Attributes:
+        first: number of the first step that was not read yet.
+        losses: the loss ``()`` of each step since then.
+        seen: times ``(b,)`` and losses of samples ``(b,)`` of each part since then.
     """
 
     def __init__(self, engine: Any, process: Any) -> None:
@@ -200,7 +205,11 @@ class Journal:
         self.first, self.losses, self.seen = 0, [], []
 
     def read(self) -> dict[str, Any]:
-        """Returns the mean loss, also by noise level; raises where one is not finite."""
+        """Returns loss, by_level (ten means or None) and steps_per_s, and forgets what was read.
+
+        Raises:
+            FloatingPointError: a loss is infinite or NaN; the message names its step.
+        """
         losses, ends = torch.stack(self.losses), torch.tensor(LEVELS, dtype=torch.float64)
         t, values = (torch.cat(column).cpu().double() for column in zip(*self.seen, strict=True))
         place = torch.bucketize(self.process.log_snr(t), ends)
@@ -220,10 +229,16 @@ class Journal:
 
 # %% ../nbs/26_updates.ipynb #50423bc2
 def check_options(o: SimpleNamespace) -> None:
-    """Refuses options of ``train`` that cannot make a run, by a TypeError or a ValueError.
+    """Refuses options of ``train`` that cannot make a run.
 
     Args:
-        o: the arguments of ``train`` by name; seed and profiles become plain numbers.
+        o: the arguments of ``train`` by name; numbers of other libraries become Python's.
+
+    Raises:
+        TypeError: an option of another kind.
+        ValueError: one out of range, or two that contradict each other.
+        NotADirectoryError: ``out`` is a file.
+        ImportError: a package that was asked for is not installed.
     """
     d = o.denoiser
     if not isinstance(d, Denoiser):
@@ -231,7 +246,7 @@ def check_options(o: SimpleNamespace) -> None:
                         + type(d).__name__)
     if not isinstance(d.net, nn.Module) or not any(p.requires_grad for p in d.parameters()):
         raise ValueError("denoiser has no parameters to train: its net must be a torch module")
-    _check_numbers(o)
+    _check_numbers(o), _check_kinds(o)
     coordinate, _ = WEIGHTINGS[require_choice("weighting", o.weighting, WEIGHTINGS)]
     if coordinate == "edm" and d.sigma_data is None:
         raise ValueError("weighting='edm' needs a denoiser with sigma_data")
@@ -247,6 +262,11 @@ def check_options(o: SimpleNamespace) -> None:
 # %% ../nbs/26_updates.ipynb #e2ff8a84
 def _check_folder(o: SimpleNamespace) -> None:
     """Refuses a run that would fail where it has something to write."""
+    if o.out is not None:
+        if not isinstance(o.out, (str, os.PathLike)) or not str(o.out):
+            raise TypeError(f"out must be the path of a folder; got {o.out!r}")
+        if Path(o.out).exists() and not Path(o.out).is_dir():
+            raise NotADirectoryError(f"out must be a folder; {o.out} is a file")
     asked = [k for k in ("resume", "save_every", "sample_every", "tensorboard") if getattr(o, k)]
     if o.out is None and (asked or o.profiles):
         raise ValueError(f"{(asked or ['profiles'])[0]} needs out, a folder to write to")
@@ -258,26 +278,55 @@ def _check_folder(o: SimpleNamespace) -> None:
             raise ImportError(f"this run needs {package}: pip install {package}")
 
 # %% ../nbs/26_updates.ipynb #e169b536
+_OPTIONAL = ("steps", "minutes", "warmup", "clip", "save_every", "sample_every")
+
+
+def _number(name: str, value: Any, allowed: str = "positive and finite") -> float:
+    """The value as a float, if it is a number in the range that is allowed."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, {allowed}; got {value!r}")
+    if not (0 <= value < 1 if allowed == "in [0, 1)" else 0 < value < math.inf):
+        raise ValueError(f"{name} must be {allowed}; got {value}")
+    return float(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    """The value as an int, if it is a whole number of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name} must be at least 0 and less than 2**64, got {value}")
+    return int(value)
+
+# %% ../nbs/26_updates.ipynb #e19390f1
 def _check_numbers(o: SimpleNamespace) -> None:
-    """Refuses numbers that are out of range."""
-    for name in ("batch_size", "accumulate", "log_every"):
-        require_positive_int(name, getattr(o, name))
-    for name in ("steps", "save_every", "sample_every"):
-        getattr(o, name) is None or require_positive_int(name, getattr(o, name))
+    """Refuses numbers of another kind or out of range; leaves Python's own."""
+    kinds = {require_positive_int: ("batch_size", "accumulate", "log_every", "steps",
+                                    "save_every", "sample_every"),
+             _whole: ("seed", "warmup", "workers"), _number: ("lr", "minutes", "clip"),
+             partial(_number, allowed="in [0, 1)"): ("label_dropout", "ema")}
+    for kind, names in kinds.items():
+        for name in names:
+            value = getattr(o, name)
+            if value is not None or name not in _OPTIONAL:
+                setattr(o, name, kind(name, value))
     if (o.steps is None) == (o.minutes is None):
         raise ValueError("a run needs either steps or minutes")
-    for name in ("lr", "minutes", "clip"):
-        value = getattr(o, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite; got {value}")
-    for name in ("label_dropout", "ema"):
-        if not 0 <= getattr(o, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1); got {getattr(o, name)}")
-    if isinstance(o.seed, bool) or not isinstance(o.seed, Integral):
-        raise TypeError(f"seed must be an int, got {o.seed!r}")
-    if not 0 <= o.seed < 2**64:
-        raise ValueError(f"seed must be at least 0 and less than 2**64, got {o.seed}")
-    o.seed, o.profiles = int(o.seed), tuple(float(width) for width in o.profiles)
+
+# %% ../nbs/26_updates.ipynb #4ad1d1fe
+def _check_kinds(o: SimpleNamespace) -> None:
+    """Refuses switches that are no bool, functions that cannot be called, and odd profiles."""
+    for name in ("compile", "resume", "tensorboard"):
+        if not isinstance(getattr(o, name), bool):
+            raise TypeError(f"{name} must be True or False; got {getattr(o, name)!r}")
+    for name in ("augment", "callback"):
+        if getattr(o, name) is not None and not callable(getattr(o, name)):
+            raise TypeError(f"{name} must be a function, or None; got {getattr(o, name)!r}")
+    if isinstance(o.profiles, str) or not isinstance(o.profiles, Sequence):
+        raise TypeError(f"profiles must be numbers, such as (0.05, 0.1); got {o.profiles!r}")
+    o.profiles = tuple(_number("each of profiles", width) for width in o.profiles)
+    if len(set(o.profiles)) < len(o.profiles):
+        raise ValueError(f"profiles must differ; got {o.profiles}")
 
 # %% ../nbs/26_updates.ipynb #a1e86158
 class Stepper:
@@ -286,6 +335,12 @@ class Stepper:
     Args:
         options: the arguments of ``train`` by name.
         engine: the Accelerator.
+
+    Attributes:
+        state: what the run carries from step to step.
+        averaged: a denoiser with room for the averaged weights.
+        journal: the losses that were not read yet.
+        rank: which process this is, of ``world``.
     """
 
     def __init__(self, options: SimpleNamespace, engine: Any) -> None:
@@ -315,8 +370,11 @@ def _part(run: Stepper, x0: Tensor, cond: Tensor | None, drawn: Draws, part: int
     o = run.options
     number = (run.state.k * o.accumulate + part) * run.world + run.rank
     if o.augment is not None:
-        seed = seed_of(o.seed, "augment", number)
+        seed, given = seed_of(o.seed, "augment", number), x0.shape
         x0 = o.augment(x0, run.generator.manual_seed(seed))
+        if getattr(x0, "shape", None) != given:
+            got = getattr(x0, "shape", type(x0).__name__)
+            raise ValueError(f"augment must return samples {tuple(given)}; got {got}")
     if cond is not None:
         cond = cond.masked_fill(drawn.forget, -1)
     _seed_network(seed_of(o.seed, "network", number), run.device)
@@ -337,7 +395,10 @@ def take_step(run: Stepper, x0: Tensor, cond: Tensor | None, steps: int) -> Tens
         steps: how many there will be in all.
 
     Returns:
-        ``()``; its mean over the processes is the batch's mean loss.
+        ``()``, on the device; its mean over the processes is the batch's mean loss.
+
+    Raises:
+        ValueError: ``augment``, ``schedule`` or ``times`` returned something else than it should.
 
     Reference:
         ``eq-update-parts``.

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def one_line(text):
 def test_train_resume_info_sample(say, tmp_path):
     out = tmp_path / "runs" / "a"
     code, said, error = say(*TINY, "--out", out, "--steps", 4)
-    assert (code, error) == (0, "") and str(out) in said
+    assert (code, error) == (0, "") and str(out) in said and "trained to step 4, loss" in said
     assert pretrained.load(out).shape == (1, 8, 8)
     code, _, error = say(*TINY, "--out", out, "--steps", 4)
     assert code == 1 and "--resume" in one_line(error) and "resume=True" not in error
@@ -189,6 +190,18 @@ USAGE = [
     ("sample digits --out x.jpg", ".png"),
     ("sample digits --n", "-n"),
     ("sample digits -n many", "many"),
+    ("sample digits -n 0", "-n: 0 is no whole number from 1 on"),
+    ("sample digits --n -1", "-1"),
+    ("sample digits -n 2.5", "2.5"),
+    ("sample digits -n 9999999999999999999", "9999999999999999999"),
+    ("sample digits --steps 0", "--steps: 0"),
+    ("sample digits --seed -1", "--seed: -1 is no whole number from 0 on"),
+    ("sample digits --columns 0", "--columns: 0"),
+    ("sample digits --batch-size 0", "--batch-size: 0"),
+    ("sample digits --cond 3,", "'3,'"),
+    ("sample digits --cond=", "''"),
+    ("sample digits 3 4", "3"),
+    ("sample digits --out noending", ".npz"),
     ("sample digits --cond three", "three"),
     ("sample", "MODEL"),
     ("smaple", "sample"),
@@ -197,25 +210,41 @@ USAGE = [
     ("train --data digits --out run --steps 1 --minutes 1", "--minutes"),
     ("train --data digits --out run --steps 1 --process ddpm", "cosine"),
     ("train --data digits --steps 1", "--out"),
+    ("train --data digits --out run --steps 0", "--steps: 0"),
+    ("train --data digits --out run --steps 1 --width 0", "--width: 0"),
+    ("train --data digits --out run --steps 1 --warmup -1", "--warmup: -1"),
+    ("train --data digits --out run --steps 1 --workers -1", "--workers: -1"),
+    ("train --data digits --out run --steps 1 --size 16", "8×8"),
+    ("evaluate digits -n 6", "at least 7"),
+    ("evaluate digits --bits 1", "at least 2"),
+    ("evaluate digits --out x.txt", ".json"),
     ("info", "MODEL"),
+    ("info digits --device cpu", "--device"),
 ]
 FAILURES = [
     ("sample nowhere", "digits"),
+    ("sample taken.png --out x.png", "taken.png"),
     ("sample digits --cond 10", "0 to 9"),
-    ("sample digits -n 0", "n"),
-    ("sample digits --steps 0", "steps"),
-    ("sample digits --seed -1", "seed"),
-    ("sample digits --device nothing", "nothing"),
+    ("sample digits --cond 3,-1", "0 to 9"),
+    ("sample digits --guidance nan", "nan"),
+    ("sample digits --device nothing", "device nothing here"),
+    ("sample digits --device meta", "device meta here"),
+    ("sample digits --device cuda:99", "choose from cpu"),
+    ("sample hf:nobody --out x.png", "hf:someone/name"),
     ("sample digits --out taken.png", "--force"),
     ("sample digits --out folder.png", "folder"),
-    ("sample digits --out taken.png/x.png --force", "taken.png"),
+    ("sample digits --out taken.png/x.png --force", "taken.png is a file"),
+    ("evaluate digits --out taken.png/x.json", "taken.png is a file"),
     ("train --data nowhere --out run --steps 1", "nowhere"),
     ("train --data taken.png --out run --steps 1", "taken.png"),
-    ("train --data digits --out taken.png --steps 1", "taken.png"),
-    ("train --data digits --out run --steps 0", "steps"),
+    ("train --data folder.png --out run --steps 1", "has no pictures"),
+    ("train --data digits --out taken.png --steps 1", "taken.png is a file"),
+    ("train --data digits --out taken.png/run --steps 1", "taken.png is a file"),
     ("train --data digits --out run --steps 1 --lr -1", "lr"),
+    ("train --data digits --out run --steps 1 --network mlp --dropout 0.1", "0.1"),
+    ("train --data digits --out run --minutes nan", "nan"),
     ("evaluate digits --data nowhere", "nowhere"),
-    ("evaluate digits -n 2", "2"),
+    ("evaluate digits --data taken.png", "taken.png"),
     ("info nowhere", "nowhere"),
     ("info folder.png", "folder.png"),
 ]
@@ -269,26 +298,97 @@ def test_damaged_model(say, tmp_path, command, how):
     assert code == 1 and said == "" and "model" in one_line(error), error
 
 
-def test_damaged_data_and_wrong_size(say, tmp_path):
-    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 and then nothing")
-    code, _, error = say(*TINY, "--data", "bad.npz", "--out", "run", "--steps", 1)
-    assert code == 2 or code == 1 and "bad.npz" in one_line(error), error
+DAMAGED = {
+    "text": b"images, they say",
+    "a head and no body": b"PK\x03\x04 and then nothing",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+@pytest.mark.parametrize("line", ["train --out run --steps 1", "evaluate digits"])
+def test_damaged_data(say, tmp_path, line, how):
+    (tmp_path / "bad.npz").write_bytes(DAMAGED[how])
+    code, _, error = say(*line.split(), "--data", "bad.npz")
+    assert code == 1 and "bad.npz is damaged" in one_line(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
+
+
+def test_images_of_another_shape(say):
     np.savez("other.npz", images=np.zeros((8, 28, 28), np.uint8))
-    code, _, error = say("evaluate", "digits", "--data", "other.npz", "-n", 6, "--steps", 2)
-    assert code == 1 and "28" in one_line(error), error
+    code, _, error = say("evaluate", "digits", "--data", "other.npz", "-n", 8, "--steps", 2)
+    assert code == 1 and "draws 1×8×8, the images of other.npz are 1×28×28" in one_line(error)
+    np.savez("digits.npz", images=np.zeros((8, 8, 8), np.uint8), levels=17)
+    assert say(*TINY, "--out", "run", "--steps", 2)[0] == 0
+    other = ["train", "--data", "digits.npz", *TINY[3:], "--out", "run", "--steps", 4, "--resume"]
+    code, _, error = say(*other)
+    assert code == 1 and "run holds another run" in one_line(error)
 
 
-def test_full_disk(say, tmp_path, monkeypatch):
-    (tmp_path / "a.png").write_text("mine")
+def test_a_damaged_test_set_is_not_passed_over(say, tmp_path):
+    (tmp_path / "set").mkdir()
+    images = np.random.default_rng(0).integers(0, 17, (40, 8, 8), np.uint8)
+    np.savez("set/train.npz", images=images, levels=17)
+    assert len(habits.both_sets("set", (1, 8, 8))) == 40
+    (tmp_path / "set" / "test.npz").write_bytes(b"half")
+    code, _, error = say("evaluate", "digits", "--data", "set", "-n", 8, "--steps", 2)
+    assert code == 1 and "set/test.npz is damaged" in one_line(error)
+    np.savez("split.npz", x_train=images, levels=17)
+    assert len(habits.both_sets("split.npz", (1, 8, 8))) == 40
+    np.savez("split.npz", x_train=images, x_test=images[:9], levels=17)
+    assert [len(part) for part in habits.both_sets("split.npz", (1, 8, 8))] == [40, 9]
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    code, _, error = say(*DRAW, "--out", "a.png", "--force")
-    assert code == 1 and "No space left" in one_line(error)
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    assert (tmp_path / "a.png").read_text() == "mine"
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 3000 bytes until the switch is called again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def switch(on):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]) if on else before)
+
+    yield switch
+    switch(False)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.npz"])
+def test_full_disk_keeps_the_old_samples(say, tmp_path, full_disk, name):
+    (tmp_path / name).write_text("mine")
+    full_disk(True)
+    code, _, error = say("sample", "digits", "--steps", 2, "--out", name, "--force")
+    assert code == 1 and f"{name} was not written: File too large" in one_line(error)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_full_disk_shows_the_report(say, tmp_path, full_disk):
+    full_disk(True)
+    code, said, error = say("evaluate", "digits", "-n", 20, "--steps", 2, "--out", "r.json")
+    assert code == 1 and "r.json was not written" in one_line(error)
+    assert "read as asked" in said and not list(tmp_path.iterdir())
+
+
+def test_full_disk_keeps_the_run(say, full_disk):
+    full_disk(True)
+    code, _, error = say(*TINY, "--out", "run", "--steps", 4)
+    assert code == 1 and "run" in one_line(error) and "File too large" in error
+    full_disk(False)
+    assert say(*TINY, "--out", "run", "--steps", 4)[0] == 0
+    full_disk(True)
+    code, _, error = say(*TINY, "--out", "run", "--steps", 6, "--resume")
+    assert code == 1 and "was not saved" in one_line(error)
+    full_disk(False)
+    assert "step 4 of 4" in say("info", "run")[1]
+    assert say(*TINY, "--out", "run", "--steps", 6, "--resume")[0] == 0
+    assert "step 6 of 6" in say("info", "run")[1]
+
+
+def test_damaged_checkpoint_is_told_in_one_line(say):
+    assert say(*TINY, "--out", "run", "--steps", 4, "--save-every", 2)[0] == 0
+    Path("run", "checkpoints", "step-00000004", "state.safetensors").write_bytes(b"half")
+    code, said, error = say(*TINY, "--out", "run", "--steps", 6, "--resume")
+    assert code == 0 and "trained to step 6" in said
+    assert "step-00000004 is no sound checkpoint" in one_line(error)
 
 
 def test_debug_shows_where(say):
@@ -314,7 +414,8 @@ def test_missing_extra(say, monkeypatch, module, line):
     assert code == 1 and "diffnotes[train]" in one_line(error)
 
 
-def test_interrupt_keeps_the_run(tmp_path):
+@pytest.mark.parametrize("number, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
+def test_stopped_run_goes_on(say, tmp_path, number, code):
     command = [sys.executable, "-m", "diffnotes.cli", *TINY, "--out", "run", "--minutes", "5"]
     process = subprocess.Popen(command, cwd=tmp_path, env=HERE, stderr=subprocess.PIPE, text=True)
     try:
@@ -322,14 +423,31 @@ def test_interrupt_keeps_the_run(tmp_path):
             if any(path.stat().st_size for path in tmp_path.glob("run/log.jsonl")):
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, number))
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "--resume" in one_line(error)
+    assert process.returncode == code
+    assert error == "" if number == "SIGKILL" else "--resume" in one_line(error)
     assert pretrained.load(tmp_path / "run").shape == (1, 8, 8)
-    done = run_module(*TINY, "--out", "run", "--minutes", "0.001", "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done, _, error = say(*TINY, "--out", "run", "--minutes", "0.001", "--resume")
+    assert done == 0, error
+
+
+@pytest.mark.parametrize("reader, code", [("gone", 0), ("full", 1)])
+def test_output_that_cannot_be_written(tmp_path, reader, code):
+    if reader == "full" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    read, write = (None, os.open("/dev/full", os.O_WRONLY)) if reader == "full" else os.pipe()
+    if read is not None:
+        os.close(read)
+    command = [sys.executable, "-m", "diffnotes.cli", "info", "digits"]
+    environment = {k: v for k, v in HERE.items() if k != "PYTHONUNBUFFERED"}
+    options = {"stdout": write, "stderr": subprocess.PIPE, "text": True}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **options)
+    os.close(write)
+    assert done.returncode == code
+    assert one_line(done.stderr) if code else done.stderr == ""
 
 
 # --- The help -------------------------------------------------------------------
@@ -357,8 +475,7 @@ def test_help_lists_commands_and_version(say):
     assert say("--version") == (0, diffnotes.__version__ + "\n", "")
 
 
-def test_a_registered_sampler_is_an_option(say, monkeypatch):
-    monkeypatch.setattr(cli, "SAMPLERS", dict(SAMPLERS))
+def test_a_registered_sampler_is_an_option(say):
     code, _, error = say(*DRAW, "--sampler", "mine")
     assert code == 2 and all(name in error for name in SAMPLERS)
 
@@ -367,7 +484,6 @@ def test_a_registered_sampler_is_an_option(say, monkeypatch):
         return torch.zeros_like(x_T)
 
     try:
-        cli.SAMPLERS["mine"] = SAMPLERS["mine"]
         assert "mine" in say("sample", "--help")[1]
         assert say(*DRAW, "--sampler", "mine", "--out", "x.npz")[0] == 0
         assert not np.load("x.npz")["samples"].any()
@@ -379,7 +495,6 @@ def test_module_runs(tmp_path):
     done = run_module("--version", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == diffnotes.__version__
     assert done.stderr == "", "no warning of runpy"
-    assert run_module("nothing", cwd=tmp_path).returncode == 2
 
 
 # --- Habits and pictures --------------------------------------------------------
@@ -399,6 +514,9 @@ def test_network_refusals():
     for kind, shape in [("cnn", (1, 8, 8)), ("unet", (64,)), ("dit", (2,))]:
         with pytest.raises(ValueError, match="kind|images"):
             habits.build_network(kind, shape)
+    for options in [{"width": 0}, {"depth": -1}, {"dropout": 0.1}]:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            habits.build_network("mlp", (1, 8, 8), **options)
 
 
 def test_fresh_denoiser_depends_on_the_seed_alone():
@@ -456,7 +574,6 @@ diffnotes sample digits -n 4 --out film.gif
 diffnotes sample digits -n 4 --out numbers.npz
 diffnotes evaluate digits -n 50 --steps 4
 diffnotes info runs/digits
-diffnotes --version
 """
 
 

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -305,3 +306,47 @@ def test_senseless_levels_and_splits():
     for images, held in ((digits(), 3), (digit_images("test"), "3")):
         with pytest.raises(TypeError, match="random_split needs Images and a number"):
             random_split(images, held)
+
+
+@pytest.mark.parametrize("counts", [None, "abc", {}, digit_images()])
+def test_counts_of_another_kind(counts):
+    with pytest.raises(TypeError, match="counts must be a tensor or an array of whole numbers"):
+        Images(counts)
+
+
+@pytest.mark.parametrize(("labels", "names", "message"), [
+    ("ab", None, "labels must be a tensor or an array of whole numbers; got str"),
+    ([0, None], None, "labels must be a tensor or an array of whole numbers; got list"),
+    ([0.5, 1.0], None, "labels must have an integer dtype"),
+    ([0, 1], 5, "names must be a sequence of texts; got 5"),
+    ([0, 1], "ab", "names must be a sequence of texts; got 'ab'")])
+def test_labels_and_names_of_another_kind(labels, names, message):
+    with pytest.raises(TypeError, match=message):
+        Images(torch.ones(2, 1, 4, 4).long(), labels, names=names)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64", "int16"])
+def test_counts_of_any_integer_kind(dtype):
+    images = Images(np.full((2, 1, 4, 4), 300, dtype), levels=Levels(2**16))
+    assert images.counts.dtype == torch.int32 and (images.counts == 300).all()
+    with pytest.raises(ValueError, match=r"0 .. 255; got 300 .. 300"):
+        Images(np.full((2, 1, 4, 4), 300, dtype))
+
+
+@pytest.mark.parametrize("ends", [("a", 1), (0, None)])
+def test_ends_of_levels_are_numbers(ends):
+    with pytest.raises(TypeError, match="low and high must be numbers"):
+        Levels(17, *ends)
+
+
+def test_counts_of_no_numbers_have_no_values():
+    with pytest.raises(TypeError, match="counts must be a tensor or an array"):
+        Levels(17).to_values(None)
+
+
+@pytest.mark.parametrize("held", [math.nan, math.inf, -math.inf])
+def test_shares_that_are_no_numbers(held):
+    with pytest.raises(ValueError, match="held must leave images"):
+        random_split(digit_images(), held)
+    with pytest.raises(TypeError, match="got Images and True"):
+        random_split(digit_images(), True)

@@ -491,3 +491,17 @@ for name, read in [('idx', read_idx), ('npz', read_npz), ('pickle', read_pickle)
 def test_only_pictures_of_pillow_have_pixels():
     with pytest.raises(TypeError, match="picture of Pillow; got Tensor"):
         to_pixels(torch.zeros(1, 4, 4))
+
+
+@pytest.mark.parametrize("read", [read_idx, read_npz, read_pickle, read_image, read_cifar10])
+@pytest.mark.parametrize("path", [5, None, [1], b"abc"])
+def test_a_path_is_text_or_a_path(read, path):
+    with pytest.raises(TypeError, match="the path of a file must be text or a Path; got "):
+        read(path)
+
+
+@pytest.mark.parametrize("size", [(1,), (1, 2, 3), ()])
+def test_a_size_is_one_side_or_two(size):
+    picture = Image.new("L", (4, 4))
+    with pytest.raises(ValueError, match=r"size must be a side or \(height, width\)"):
+        to_pixels(picture, size=size)

@@ -203,9 +203,20 @@ def test_audit_leaves_no_graph_and_refuses(law):
             audit(denoiser, x0)
     with pytest.raises(TypeError):
         audit(denoiser, torch.ones(5, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"samples that differ; got \(\)"):
+        audit(denoiser, torch.tensor(1.0))
+    for times in ([], 0.5, [[0.5]]):
+        with pytest.raises(ValueError, match="times must be one or more in a list; got "):
+            audit(denoiser, torch.randn(20, 2), times=times)
 
 
 # --- Clipping -----------------------------------------------------------------
+
+
+def test_ends_of_a_clip_are_numbers(law):
+    for ends in (("a", "b"), (None, 1.0)):
+        with pytest.raises(TypeError, match="low and high must be numbers"):
+            clipped(law.denoiser(VP()), *ends)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=by_name)
@@ -413,6 +424,25 @@ def test_refusals(diffusers, unet):
         assert "\n" not in str(told.value)
     with pytest.raises(ValueError, match="has no DDPM chain"):
         scheduler_times(diffusers.EDMEulerScheduler())
+    with pytest.raises(ValueError, match="int has no DDPM chain"):
+        from_diffusers(unet, 5)
+    with pytest.raises(FileNotFoundError, match="nowhere has no scheduler_config.json"):
+        from_diffusers(unet, "nowhere")
+
+
+def test_options_that_are_no_answers(diffusers, unet):
+    scheduler = diffusers.DDPMScheduler()
+    with pytest.raises(TypeError, match="clip must be True, False or None, got 'yes'"):
+        from_diffusers(unet, scheduler, clip="yes")
+    with pytest.raises(ValueError, match="which has no classes; got 3"):
+        from_diffusers(unet, scheduler, null=3)
+    labelled = make_unet(diffusers, num_class_embeds=4)
+    for null in ("3", 1.5, True):
+        with pytest.raises(TypeError, match="null must be an int or None, got "):
+            from_diffusers(labelled, scheduler, null=null)
+    for null in (-1, 4):
+        with pytest.raises(ValueError, match=f"which has labels of 0 to 3; got {null}"):
+            from_diffusers(labelled, scheduler, null=null)
 
 
 # --- Folders ------------------------------------------------------------------

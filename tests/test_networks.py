@@ -255,6 +255,30 @@ def test_senseless_sizes(build, error, message):
         build()
 
 
+@pytest.mark.parametrize("net", [UNet(), DiT()], ids=["UNet", "DiT"])
+@pytest.mark.parametrize(("x", "t", "cond", "error", "message"), [
+    (torch.ones(2, 1, 0, 8), torch.ones(2), None, ValueError, "H, W > 0 must be divisible .* 0×8"),
+    (torch.ones(2, 1, 8, 8), 0.5, None, ValueError, r"t must have shape \(2,\), .* got 0.5"),
+    (torch.ones(2, 1, 8, 8), None, None, ValueError, "got None"),
+    (torch.ones(2, 1, 8, 8), torch.ones(()), None, ValueError, r"t must have shape \(2,\)")])
+def test_senseless_inputs(net, x, t, cond, error, message):
+    with pytest.raises(error, match=message):
+        net(x, t, cond)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda: UNet(n_classes=3)(torch.ones(1, 1, 8, 8), torch.ones(1), [1]), ValueError,
+     r"cond must be int64 \(1,\); got \[1\]"),
+    (lambda: patchify(None, 2), ValueError, r"x must have shape \(B, C, H, W\); got None"),
+    (lambda: unpatchify(torch.ones(2, 16, 4), 0, (8, 8)), ValueError, "patch must be at least 1"),
+    (lambda: unpatchify(torch.ones(2, 12, 4), 2, (7, 7)), ValueError, "divisible by 2; got 7"),
+    (lambda: unpatchify(torch.ones(2, 16, 4), 2, (8, 10)), ValueError, "tokens must have shape"),
+    (lambda: position_features(2, 2, "8"), TypeError, "dim must be an int")])
+def test_senseless_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
 @pytest.mark.parametrize(("options", "shape", "allowed"), [
     (dict(dim=3), (4, 2), r"\(B, 3\) or"), (dict(dim=3), (4,), r"\(B, 3\) or"),
     (dict(dim=1), (4,), r"\(B, 1\) or"), (dict(dim=6), (4, 2, 2), r"\(B, 6\) or"),

@@ -7,13 +7,14 @@ import os
 import random
 import signal
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from diffnotes import checkpoints, runs
 from diffnotes.batches import SCHEDULES, Batches, batch_indices, seed_of, step_size, stream
@@ -28,22 +29,27 @@ from diffnotes.training import ema_decay, gamma_of, power_decay
 pytest.importorskip("accelerate")
 POINTS = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 3
+DATA = POINTS, LABELS
 NAN = POINTS.clone()
 NAN[3, 1] = float("nan")
 
 
 def model(predicts="v", process=None, seed=0, **options):
     torch.manual_seed(seed)
-    net = MLP(2, 8, 1, n_classes=3, **options)
+    net = MLP(2, 8, 1, **{"n_classes": 3} | options)
     nn.init.normal_(net.last.weight, std=0.1)
     return Denoiser(net, process or Cosine(), predicts, (2,), sigma_data=0.8)
+
+
+def unlabelled(**options):
+    return model(n_classes=None, **options)
 
 
 def flat(denoiser):
     return torch.cat([p.detach().flatten() for p in denoiser.parameters()])
 
 
-def quick(denoiser, data=POINTS, **options):
+def quick(denoiser, data=DATA, **options):
     return train(denoiser, data, **{"steps": 5, "batch_size": 8, "progress": False} | options)
 
 
@@ -104,14 +110,17 @@ def test_result_is_a_new_denoiser():
 @pytest.mark.parametrize("data", [
     POINTS, (POINTS,), (POINTS, LABELS), TensorDataset(POINTS), TensorDataset(POINTS, LABELS)])
 def test_seed_decides(data):
-    first, again, other = (flat(quick(model(), data, seed=seed)) for seed in (0, 0, 1))
+    bare = torch.is_tensor(data) or len(data) == 1 or len(data[0]) == 1
+    make = unlabelled if bare else model
+    first, again, other = (flat(quick(make(), data, seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_datasets_and_tensors_agree():
     pair = flat(quick(model(), (POINTS, LABELS)))
     assert torch.equal(pair, flat(quick(model(), TensorDataset(POINTS, LABELS))))
-    assert not torch.equal(pair, flat(quick(model(), POINTS)))
+    plain = flat(quick(unlabelled(), POINTS))
+    assert torch.equal(plain, flat(quick(unlabelled(), TensorDataset(POINTS))))
 
 
 def test_dropout_repeats_and_global_randomness_is_untouched():
@@ -179,14 +188,14 @@ def test_training_lowers_the_loss():
     values = []
     law = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.01)
     x0 = law.sample(500, generator=torch.Generator().manual_seed(0)).float()
-    quick(model(), x0, steps=300, batch_size=128, lr=1e-2, weighting="v",
+    quick(unlabelled(), x0, steps=300, batch_size=128, lr=1e-2, weighting="v",
           callback=lambda k, value: values.append(value.item()))
     assert sum(values[-50:]) < 0.8 * sum(values[:50])
 
 
 def test_half_precision_data_and_float64_networks():
-    assert quick(model().to(torch.float64), POINTS.half()).dtype == torch.float64
-    assert flat(quick(model(), POINTS.double())).isfinite().all()
+    assert quick(unlabelled().to(torch.float64), POINTS.half()).dtype == torch.float64
+    assert flat(quick(unlabelled(), POINTS.double())).isfinite().all()
 
 
 class Strings(Dataset):
@@ -197,6 +206,13 @@ class Strings(Dataset):
 
     def __getitem__(self, i):
         return "x"
+
+
+class Endless(IterableDataset):
+    """No length, and no items by number."""
+
+    def __iter__(self):
+        return iter(POINTS)
 
 
 @pytest.mark.parametrize(("data", "error", "message"), [
@@ -219,10 +235,28 @@ class Strings(Dataset):
     (TensorDataset(POINTS, LABELS.float()), TypeError, "labels must be an int64"),
     (TensorDataset(POINTS, LABELS + 1), ValueError, "0 to 2; got"),
     (Strings(), TypeError, "floating-point"),
+    (None, TypeError, "data must be a floating-point tensor, got NoneType"),
+    (POINTS.to_sparse(), TypeError, "data must be a dense tensor; got torch.sparse_coo"),
+    (Endless(), TypeError, "a Dataset with a length, whose items have numbers; got Endless"),
+    (POINTS, ValueError, "the network has 3 classes and the data no labels: give them, with -1"),
+    (TensorDataset(POINTS), ValueError, "3 classes and the data no labels"),
 ])
 def test_refused_data(data, error, message):
     with pytest.raises(error, match=message):
         quick(model(), data)
+
+
+def test_labels_for_a_network_without_classes_are_refused():
+    with pytest.raises(ValueError, match="data have labels and the network no classes"):
+        quick(unlabelled(), DATA)
+    quick(model(), (POINTS, torch.full((40,), -1)))
+    quick(Denoiser(Norm(), Cosine(), "v", (2,)), DATA)
+
+
+def test_data_that_require_gradients_get_none():
+    points = POINTS.clone().requires_grad_()
+    quick(model(), (points, LABELS))
+    assert points.grad is None
 
 
 def test_one_wrong_label_is_found_before_the_first_step():
@@ -262,6 +296,38 @@ def test_refused_options(options):
         quick(model(), **options)
 
 
+@pytest.mark.parametrize("options", [
+    dict(lr="0.1"), dict(lr=None), dict(lr=torch.ones(())), dict(clip="1"), dict(ema=None),
+    dict(label_dropout="x"), dict(minutes="1", steps=None), dict(steps=2.5), dict(warmup=2.5),
+    dict(workers="1"), dict(workers=None), dict(log_every=None), dict(compile="default"),
+    dict(resume=None), dict(augment=3), dict(callback=3), dict(profiles=0.1),
+    dict(profiles="0.1"), dict(profiles=("a",)), dict(out=3), dict(out="")])
+def test_options_of_another_kind_are_named(options):
+    name = next(iter(options))
+    with pytest.raises(TypeError, match=f"{name} must be .*got"):
+        quick(model(), **options)
+
+
+def test_other_refusals_name_the_option(tmp_path):
+    for options in (dict(warmup=-1), dict(workers=-1)):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least 0.*got -1"):
+            quick(model(), **options)
+    with pytest.raises(ValueError, match="profiles must differ"):
+        quick(model(), profiles=(0.1, 0.1), out=tmp_path)
+    for share in (-1.0, float("nan"), None):
+        with pytest.raises(ValueError, match="schedule must return a number >= 0; got"):
+            quick(model(), schedule=lambda u, share=share: share)
+    for result in (None, POINTS[:2], POINTS[:8, :1]):
+        with pytest.raises(ValueError, match=r"augment must return samples \(8, 2\); got"):
+            quick(model(), augment=lambda x, generator, result=result: result)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    options = dict(lr=np.float32(0.25), batch_size=np.int64(8), clip=np.float64(0.5))
+    quick(model(), out=tmp_path, profiles=[np.float64(0.1)], **options)
+    assert read_run(tmp_path)["recipe"]["lr"] == 0.25
+
+
 def test_nothing_to_train():
     law = GaussianMixture(torch.zeros(1, 2), 1.0)
     with pytest.raises(ValueError, match="no parameters"):
@@ -292,7 +358,7 @@ def test_a_bad_item_of_a_dataset_is_noticed():
     bad = POINTS.clone()
     bad[1:] = float("nan")
     with pytest.raises(FloatingPointError, match="step 0"):
-        quick(model(), TensorDataset(bad))
+        quick(unlabelled(), TensorDataset(bad))
 
 
 
@@ -334,12 +400,12 @@ class Noisy(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_items_depend_on_their_place_alone(workers):
-    supply = Batches(Noisy(), model(), 4, 0)
+    supply = Batches(Noisy(), unlabelled(), 4, 0)
     plain = [supply[k][0] for k in range(5)]
     assert not torch.equal(plain[0], plain[1])
     fetched = stream(supply, 2, workers)
     assert torch.equal(next(fetched)[0], plain[2]) and torch.equal(next(fetched)[0], plain[3])
-    halves = [Batches(Noisy(), model(), 4, 0, rank=r, world=2)[2][0] for r in (0, 1)]
+    halves = [Batches(Noisy(), unlabelled(), 4, 0, rank=r, world=2)[2][0] for r in (0, 1)]
     assert torch.equal(torch.stack(halves, 1).flatten(0, 1), plain[2])
 
 
@@ -365,7 +431,7 @@ def test_whole_batches_where_the_data_can():
 def test_global_generators_are_put_back():
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     expected = torch.rand(3), np.random.rand(3), random.random()
-    net = model()
+    net = unlabelled()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     quick(net, Noisy())
     assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
@@ -509,7 +575,8 @@ def test_other_data_and_networks_are_refused(tmp_path):
     quick(model(), out=tmp_path / "run")
     other = POINTS.clone()
     other[11, 0] += 1
-    cases = (other, "data.sha256"), (POINTS[:30], "data.n"), ((POINTS, LABELS), "data")
+    cases = (((other, LABELS), "data.sha256"), ((POINTS[:30], LABELS[:30]), "data.n"),
+             ((POINTS, -LABELS.clamp(max=1)), "data"))
     for data, match in cases:
         with pytest.raises(ValueError, match=match):
             quick(model(), data, out=tmp_path / "run", resume=True)
@@ -530,6 +597,75 @@ def test_a_folder_in_use_is_not_overwritten(tmp_path):
         with pytest.raises(FileExistsError, match="other"):
             quick(model(), out=tmp_path / "other", resume=resume)
     quick(model(), out=tmp_path / "new", resume=True)
+
+
+@pytest.mark.parametrize("name", runs._OURS)
+def test_files_of_a_runs_names_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"holds {name} and no checkpoint"):
+        quick(model(), out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_other_files_are_left_alone(tmp_path):
+    mine = [tmp_path / name for name in ("thesis.tex", ".mine.tmp")]
+    for path in mine:
+        path.write_text("mine")
+    quick(model(), out=tmp_path)
+    (tmp_path / "checkpoints" / "step-mine").write_text("mine")
+    (tmp_path / "averages").mkdir(), (tmp_path / "averages" / "step-mine.txt").write_text("mine")
+    quick(model(), out=tmp_path, steps=8, resume=True)
+    assert all(path.read_text() == "mine" for path in mine)
+    assert read_run(tmp_path)["step"] == 8 and read_run(tmp_path)["averages"] == []
+
+
+def test_out_is_a_folder_with_room(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="out must be a folder; .*file is a file"):
+        quick(model(), out=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(OSError, match="step 0 was not saved: File exists .*checkpoints"):
+        quick(model(), out=tmp_path)
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    quick(model(), out=tmp_path)
+    with pytest.raises(ValueError, match="is at step 5 already; got steps=3"):
+        quick(model(), out=tmp_path, steps=3, resume=True)
+
+
+def test_a_model_that_was_not_written_is_written_on_resuming(tmp_path, monkeypatch):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    quick(model(), out=tmp_path, steps=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.pretrained, "save", killed)
+        patch.setattr(runs, "_begin", lambda run, begin=runs._begin: (
+            patch.setattr(runs, "_publish", lambda run: None), begin(run),
+            patch.setattr(runs, "_publish", killed)))
+        quick(model(), out=tmp_path, steps=8, save_every=8, resume=True)
+    assert read_run(tmp_path)["step"] == 8
+    assert runs.pretrained.read_config(tmp_path)["info"]["step"] == 4
+    whole = quick(model(), out=tmp_path, steps=8, save_every=8, resume=True)
+    assert torch.equal(flat(load(tmp_path)), flat(whole))
+
+
+class Flip:
+    """An augmentation that is an object."""
+
+    def __call__(self, x, generator):
+        return -x
+
+
+@pytest.mark.parametrize("augment", [Flip(), partial(lambda x, generator, a: a * x, a=2.0)])
+def test_augmentations_that_are_objects_go_into_the_recipe(tmp_path, augment):
+    for resume in (False, True):
+        quick(model(), out=tmp_path, augment=augment, resume=resume)
+    with pytest.raises(ValueError, match="another run: augment is"):
+        quick(model(), out=tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no tensors", "state", "garbage"])
@@ -573,6 +709,9 @@ def test_a_line_cut_short_is_forgotten(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     assert read_run(tmp_path)["log"][-1]["step"] == 5
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b"ss\n[]\n\0\0\xff\n" + b'{"step": 9, "loss": 1.0}\n')
+    assert [line["step"] for line in read_run(tmp_path)["log"]][-2:] == [5, 9]
     checkpoints.truncate_log(tmp_path, 3)
     assert all(line["step"] <= 3 for line in read_run(tmp_path)["log"])
 
@@ -638,13 +777,16 @@ def test_stored_averages_are_power_averages_and_posthoc_finds_them(tmp_path):
     assert posthoc(tmp_path / "run", 0.1, step=20).net is not None
     with pytest.raises(ValueError, match="no averages up to step 3"):
         posthoc(tmp_path / "run", 0.1, step=3)
+    for step, error in ((0, ValueError), (-4, ValueError), (1.5, TypeError), ("4", TypeError)):
+        with pytest.raises(error, match="step must be"):
+            posthoc(tmp_path / "run", 0.1, step=step)
 
 
 def test_minutes(tmp_path):
     options = dict(steps=None, minutes=0.01, out=tmp_path / "run")
     result = quick(model(), **options)
     run = read_run(tmp_path / "run")
-    assert run["step"] == run["steps"] > 20 and 0.3 < run["seconds"] < 3
+    assert run["step"] == run["steps"] > 2 and 0.3 < run["seconds"] < 3
     again = quick(model(), resume=True, **options)
     assert torch.equal(flat(again), flat(result))
 

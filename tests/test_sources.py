@@ -365,3 +365,21 @@ def test_open_data_where_there_is_nothing_to_open(tmp_path):
         open_data(tmp_path)
     with pytest.raises(ValueError, match="random_split"):
         open_data(tmp_path, "test")
+
+
+@pytest.mark.parametrize("read", [open_data, mnist_like, cifar10, image_folder])
+def test_a_source_is_text_or_a_path(read):
+    for source in (5, None, [1], b"abc", 3.5):
+        with pytest.raises(TypeError, match="a path must be text or a Path; got "):
+            read(source)
+    with pytest.raises(ValueError, match="an empty path names nothing"):
+        read("")
+
+
+@pytest.mark.parametrize(("dataset", "error", "message"), [
+    ("abc", TypeError, "str is no sequence of items"),
+    ([None], ValueError, "item 0: a NoneType is no picture, tensor or array"),
+    (["abc"], ValueError, "item 0: a str is no picture, tensor or array")])
+def test_items_that_are_no_images(dataset, error, message):
+    with pytest.raises(error, match=message):
+        from_dataset(dataset)

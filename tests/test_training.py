@@ -143,6 +143,20 @@ def test_the_bound_takes_the_nearest_step():
         loss(model(), x0.float(), t=0.5, eps=eps.float(), weighting="vlb")
 
 
+@pytest.mark.parametrize(("changed", "error", "message"), [
+    (dict(eps=torch.ones(3, 2)), ValueError, r"eps has shape \(3, 2\), x0 \(6, 2\)"),
+    (dict(x0=torch.ones(6, 3), eps=torch.ones(6, 3)), ValueError, r"must have shape \(B, 2\)"),
+    (dict(t=torch.full((5,), 0.5)), ValueError, r"one number per sample: shape \(5,\)"),
+    (dict(t=1.5), ValueError, "t must lie in"), (dict(t=None), TypeError, "t must be"),
+    (dict(x0=None), TypeError, "x0 must be"),
+    (dict(denoiser=torch.ones_like), TypeError, "denoiser must be a Denoiser, got builtin")])
+def test_senseless_losses(changed, error, message):
+    x0, t, eps = (x.float() for x in draws())
+    arguments = dict(denoiser=model(), x0=x0, t=t, eps=eps) | changed
+    with pytest.raises(error, match=message):
+        loss(arguments.pop("denoiser"), arguments.pop("x0"), **arguments)
+
+
 def test_unknown_weighting_lists_the_valid_ones():
     x0, t, eps = draws()
     with pytest.raises(ValueError) as error:
@@ -266,10 +280,13 @@ def test_senseless_log_normals(arguments):
 
 
 @pytest.mark.parametrize("heights", [
-    torch.zeros(3), torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.ones(2, 2)])
+    torch.zeros(3), torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan]), torch.ones(2, 2),
+    torch.ones(0)])
 def test_senseless_heights(heights):
     with pytest.raises(ValueError, match="heights"):
         importance_times(VP(), middles(4), heights)
+    with pytest.raises(TypeError, match="heights must be a tensor, got list"):
+        importance_times(VP(), middles(4), heights.tolist())
 
 
 def test_times_of_ones_own():
@@ -278,14 +295,43 @@ def test_times_of_ones_own():
     u = (torch.arange(8) + torch.rand(8, generator=torch.Generator().manual_seed(0))) / 8
     torch.testing.assert_close(t, u**2)
     torch.testing.assert_close(weight, 2 * u)
-    with pytest.raises(ValueError, match=r"two \(8,\) tensors; got shapes \(8,\) and \(1,\)"):
-        draw_times(VP(), 8, times=lambda u: (u, torch.ones(1)))
+
+
+@pytest.mark.parametrize(("result", "got"), [
+    ((torch.ones(8), torch.ones(1)), r"\(8,\) and \(1,\)"), (torch.ones(8), r"\(8,\)"),
+    (([1.0] * 8, torch.ones(8)), r"list and \(8,\)"), (None, "NoneType")])
+def test_times_that_are_no_two_tensors(result, got):
+    with pytest.raises(ValueError, match=rf"two \(8,\) tensors; got {got}$"):
+        draw_times(VP(), 8, times=lambda u: result)
+
+
+@pytest.mark.parametrize("sampler", [
+    *TIMES.values(), lambda p, u: importance_times(p, u, HEIGHTS)])
+def test_senseless_u(sampler):
+    for u, error, message in (([0.5], TypeError, "u must be"), (0.5, TypeError, "u must be"),
+                              (torch.arange(3), TypeError, "u must be"),
+                              (torch.tensor([1.5]), ValueError, "u must lie in")):
+        with pytest.raises(error, match=message):
+            sampler(VP(), u)
+    with pytest.raises(TypeError, match="process must be a Process .* got Denoiser"):
+        sampler(model(), middles(3))
+
+
+@each_process
+def test_a_table_of_one_height_changes_nothing(process):
+    u = torch.cat([middles(9), torch.ones(1).double()])
+    for base in (uniform_times, log_snr_times):
+        for found, plain in zip(importance_times(process, u, torch.tensor([3.0]), base=base),
+                                base(process, u), strict=True):
+            torch.testing.assert_close(found, plain)
 
 
 def test_senseless_calls():
     for n, error in ((0, ValueError), (2.0, TypeError)):
         with pytest.raises(error, match="n must be"):
             draw_times(VP(), n)
+    with pytest.raises(TypeError, match=r"process must be a Process such as VP\(\), got Denoiser"):
+        draw_times(model(), 3)
     with pytest.raises(ValueError) as caught:
         draw_times(VP(), 3, times="sobol")
     assert all(name in str(caught.value) for name in TIMES)
@@ -313,6 +359,9 @@ def test_level_means_of_nothing():
         level_means(VP(), torch.ones(2), torch.ones(3))
     with pytest.raises(TypeError, match="cells"):
         level_means(VP(), torch.ones(2), torch.ones(2), 2.5)
+    for arguments, name in ((([0.5], torch.ones(1)), "t"), ((torch.ones(1), [0.5]), "values")):
+        with pytest.raises(TypeError, match=f"{name} must be a floating-point tensor, got list"):
+            level_means(VP(), *arguments)
 
 
 # --- Averages -----------------------------------------------------------------
@@ -329,6 +378,26 @@ def test_decay(k, limit):
 def test_senseless_decays(arguments):
     with pytest.raises(ValueError, match="k must be at least 0"):
         ema_decay(*arguments)
+
+
+@pytest.mark.parametrize(("call", "name"), [
+    (lambda: ema_decay("7"), "k"), (lambda: ema_decay(1, None), "limit"),
+    (lambda: power_decay(None, 3.0), "k"), (lambda: power_decay(1, "3"), "gamma"),
+    (lambda: gamma_of("wide"), "sigma_rel")])
+def test_what_is_no_number(call, name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got"):
+        call()
+
+
+@pytest.mark.parametrize(("current", "decay", "message"), [
+    ([], 0.9, "1 averages, 0 weights"), ([torch.ones(2)], 0.9, "of its shape"),
+    ([torch.ones(3)], 1.5, r"decay must be in \[0, 1\]; got 1.5"),
+    ([torch.ones(3)], math.nan, "got nan")])
+def test_senseless_updates(current, decay, message):
+    average = torch.zeros(3)
+    with pytest.raises(ValueError, match=message):
+        ema_update([average], current, decay)
+    assert not average.any()
 
 
 def test_update_is_the_formula():
@@ -407,12 +476,30 @@ def test_one_stored_average_is_all_there_is():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (([], [], 10, 3.0), "need steps"),
-    (([10], [3.0, 4.0], 10, 3.0), "need steps"),
-    (([0], [3.0], 1, 3.0), "need steps"),
-    (([10], [-0.6], 10, 3.0), "need steps"),
-    (([10], [3.0], 10, -0.6), "need steps"),
+    (([], [], 10, 3.0), "need finite steps"),
+    (([10], [3.0, 4.0], 10, 3.0), "need finite steps"),
+    (([0], [3.0], 1, 3.0), "need finite steps"),
+    (([10], [-0.6], 10, 3.0), "need finite steps"),
+    (([10], [3.0], 10, -0.6), "need finite steps"),
+    (([10], [3.0], 10, math.nan), "need finite steps"),
+    (([10], [math.inf], 10, 3.0), "need finite steps"),
+    (([math.nan], [3.0], 10, 3.0), "need finite steps"),
+    (([10], [3.0], math.nan, 3.0), "need finite steps"),
     (([10], [3.0], 11, 3.0), "last stored step is 10; wanted 11")])
 def test_senseless_reconstructions(arguments, message):
     with pytest.raises(ValueError, match=message):
         posthoc_weights(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [(["a"], [3.0], 10, 3.0), ([10], [3.0], "b", 3.0),
+                                       ([10], [{}], 10, 3.0)])
+def test_profiles_of_no_numbers(arguments):
+    with pytest.raises(TypeError, match="steps and gammas must be numbers"):
+        posthoc_weights(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [([-1], [1], [1], [1]), ([1], [1], [0], [1]),
+                                       ([1], [-0.5], [1], [1]), ([1, 2], [1], [1], [1])])
+def test_senseless_products(arguments):
+    with pytest.raises(ValueError, match="need finite steps > 0 and as many gammas > -1/2"):
+        profile_products(*arguments)
