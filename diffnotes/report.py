@@ -119,14 +119,14 @@ class _Set(NamedTuple):
     y: Tensor | None = None
 
 
-def _as_set(data: Any) -> tuple[_Set, Levels | None]:
+def _as_set(data: Any, least: int) -> tuple[_Set, Levels | None]:
     """One set of images, from ``Images``, a tensor or a pair (images, labels)."""
     if hasattr(data, "tensors"):
         x, y = data.tensors()
         return _Set(x, y), getattr(data, "levels", None)
     found = _Set(data) if torch.is_tensor(data) else _Set(*data)
-    if require_floating("data", found.x).ndim < 2 or len(found.x) < 6:
-        raise ValueError(f"data must hold at least 6 images, got shape {tuple(found.x.shape)}")
+    if require_floating("data", found.x).ndim < 2 or len(found.x) < least:
+        raise ValueError(f"data must hold at least {least} images, got shape {tuple(found.x.shape)}")
     if found.y is not None and (not torch.is_tensor(found.y) or len(found.y) != len(found.x)):
         raise ValueError("labels must be a tensor with one entry for each image")
     return found, None
@@ -139,9 +139,9 @@ def _as_sets(data: Any) -> tuple[_Set, _Set | None, Levels | None]:
     labelled = (isinstance(data, tuple | list) and len(data) == 2 and torch.is_tensor(data[1])
                 and not data[1].is_floating_point())
     if torch.is_tensor(data) or hasattr(data, "tensors") or labelled:
-        (train, levels), held_out = _as_set(data), None
+        (train, levels), held_out = _as_set(data, 14), None
     elif isinstance(data, tuple | list) and len(data) == 2:
-        (train, levels), (held_out, _) = map(_as_set, data)
+        (train, levels), (held_out, _) = map(_as_set, data, (14, 7))
     else:
         raise TypeError("data must be images, a pair (images, labels), or a pair (train, held_out)"
                         f" of those; got {type(data).__name__}")
@@ -295,7 +295,7 @@ def judge(samples: Tensor, data: Any = None, *, asked: Tensor | None = None, fea
     rows about copying and labels use all of them.
 
     Args:
-        samples: ``(n, *D)``, n >= 6.
+        samples: ``(n, *D)``, n >= 7.
         data: as for ``evaluate``.
         asked: label that was asked of each sample, ``(n,)``.
         features: as for ``evaluate``.
@@ -307,9 +307,13 @@ def judge(samples: Tensor, data: Any = None, *, asked: Tensor | None = None, fea
 
     Raises:
         TypeError: samples or data of the wrong kind.
-        ValueError: fewer than six samples, of another shape than the data, or not finite.
+        ValueError: fewer than seven samples, of another shape than the data, not finite, or with
+            another number of labels; fewer than 14 training or 7 held-out images.
     """
     train, held_out, _ = _as_sets(data)
+    if asked is not None and len(asked) != len(samples) or len(samples) < 7:
+        raise ValueError(f"at least 7 samples, with a label for each or none; got {len(samples)} "
+                         f"samples and {'no' if asked is None else len(asked)} labels")
     require_shape("samples", require_floating("samples", samples), train.x.shape[1:])
     generator = torch.Generator().manual_seed(seed)
     m = min(len(samples), len(train.x) // 2)
@@ -369,9 +373,7 @@ def _labels_for(denoiser: Denoiser, train: _Set, n: int, conditional: bool | Non
                 seed: int) -> Tensor | None:
     """Labels as frequent as in the data, if the network takes any."""
     if conditional is None:
-        config = getattr(denoiser.net, "config", None)
-        classes = config().get("n_classes") if callable(config) else None
-        conditional = bool(classes) and train.y is not None
+        conditional = bool(getattr(denoiser.net, "n_classes", None)) and train.y is not None
     if not conditional:
         return None
     if train.y is None:
@@ -403,7 +405,7 @@ def evaluate(denoiser: Denoiser, data: Any = None, *, n: int = 1000, features: A
         data: what it was trained on: ``data.Images``, a tensor ``(k, *D)`` or a pair (images,
             labels); or a pair (train, held_out) of those. Without held-out data nothing can be
             said about copying. The digits that come with the package if None.
-        n: number of samples.
+        n: number of samples, at least 7.
         features: any function from images to ``(B, d)``, see ``load_features``. By default
             ``digit_features`` for 8×8 images of one channel, otherwise raw pixels or, above 256
             of them, ``random_features``; the report says which.
@@ -424,15 +426,17 @@ def evaluate(denoiser: Denoiser, data: Any = None, *, n: int = 1000, features: A
         A ``Report``: ``print(report)``, ``report["read as asked"].model``, ``report.to_dict()``.
 
     Raises:
-        TypeError: data of the wrong kind.
-        ValueError: images of another shape than the denoiser's, fewer than six, or no levels for
-            ``bits``; and as for ``sample``.
+        TypeError: no denoiser, or data of the wrong kind.
+        ValueError: images of another shape than the denoiser's, fewer than seven, or no levels for
+            ``bits``; and as for ``judge`` and ``sample``.
     """
-    train, held_out, known = _as_sets(data)
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"evaluate takes a Denoiser; got {type(denoiser).__name__}")
+    train, held_out, found = _as_sets(data)
     if denoiser.shape != tuple(train.x.shape[1:]):
         raise ValueError(f"the denoiser draws {denoiser.shape}, the data are "
                          f"{tuple(train.x.shape[1:])}; the digits are meant where data is None")
-    levels = known if levels is None else levels
+    levels = levels or found
     if bits and levels is None:
         raise ValueError("bits/dim need the levels of the data: levels=Levels(256), say")
     asked = _labels_for(denoiser, train, require_positive_int("n", n), conditional, seed)

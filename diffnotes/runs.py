@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from . import pretrained
@@ -27,10 +27,11 @@ from .checkpoints import (appearing, append_log, checkpoints, first_difference,
                                    truncate_log, write_checkpoint, write_snapshot)
 from .checks import require_positive_int
 from .denoisers import Denoiser
+from .pictures import page, to_bytes
 from .samplers import sample
 from .training import gamma_of, posthoc_weights
-from .updates import (Stepper, accelerator, check_options, fill_state, require_finite,
-                               state_tensors, take_step)
+from .updates import (Stepper, accelerator, check_options, fill_state,
+                               require_finite_losses, state_tensors, take_step)
 
 # %% auto #0
 __all__ = ['train', 'posthoc']
@@ -101,7 +102,7 @@ def _publish(run: _Run) -> None:
         return
     told = levels and {"data_range": (levels.low, levels.high), "levels": levels.count}
     info = {"step": run.state.k, "recipe": run.recipe, "versions": _versions()}
-    with _disk(run):
+    with _disk(run, "the model of "):
         pretrained.save(_settle(run), o.out, info=info, **told or {})
 
 
@@ -187,14 +188,6 @@ def _report(run: _Run, bar: tqdm) -> None:
                 run.board.add_scalar(f"loss_by_level/{i}", value, k)
 
 # %% ../nbs/27_runs.ipynb #e595489a
-def _picture(images: Tensor, low: float, high: float, columns: int = 8) -> Tensor:
-    """A grid of images as bytes, ``(height, width, channels)``."""
-    n, c, h, w = images.shape
-    x = ((images.detach().cpu() - low) / (high - low)).clamp(0, 1).mul(255).round().byte()
-    x = nn.functional.pad(x, (0, 1, 0, 1)).reshape(n // columns, columns, c, h + 1, w + 1)
-    return x.permute(0, 3, 1, 4, 2).reshape(n // columns * (h + 1), columns * (w + 1), c)
-
-
 def _show(run: _Run) -> None:
     """Writes a grid of samples of the averaged network."""
     from PIL import Image
@@ -202,16 +195,15 @@ def _show(run: _Run) -> None:
     cond = torch.arange(64, device=run.device) % classes if classes and run.labelled else None
     images = sample(_settle(run), 64, cond=cond, seed=o.seed)
     levels = getattr(o.data, "levels", None)
-    grid = _picture(images, *(levels.low, levels.high) if levels else (-1.0, 1.0))
-    picture, zoom = Image.fromarray(grid.squeeze(-1).numpy()), max(1, 512 // grid.shape[1])
-    picture = picture.resize([zoom * side for side in picture.size], Image.Resampling.NEAREST)
+    grid = page(to_bytes(images, *(levels.low, levels.high) if levels else (-1.0, 1.0)), 8)
     target = Path(o.out, "samples", f"step-{run.state.k:08d}.png")
     with _disk(run, "the picture of "):
         target.parent.mkdir(exist_ok=True)
         with appearing(target) as draft:
-            picture.save(draft, format="PNG")
+            Image.fromarray(grid).save(draft, format="PNG")
     if run.board:
-        run.board.add_image("samples", grid.numpy(), run.state.k, dataformats="HWC")
+        shape = "HW" if grid.ndim == 2 else "HWC"
+        run.board.add_image("samples", grid, run.state.k, dataformats=shape)
 
 # %% ../nbs/27_runs.ipynb #fde74967
 def _plan(run: _Run) -> None:
@@ -243,7 +235,7 @@ def _tend(run: _Run, value: Tensor, bar: tqdm, caught: list[int]) -> bool:
     if o.callback is not None:
         o.callback(k - 1, value)
     if run.world == 1 and run.device.type == "cpu":
-        require_finite([value.item()], k - 1)
+        require_finite_losses([value.item()], k - 1)
     _plan(run)
     last = k >= run.steps or bool(caught)
     saving = o.out is not None and (last or _due(run, k - 1))

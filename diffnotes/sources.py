@@ -20,7 +20,7 @@ from .data import Images, Levels, digit_images
 from .files import read_cifar10, read_idx, read_image, read_npz, to_pixels
 
 # %% auto #0
-__all__ = ['CIFAR10_NAMES', 'npz', 'mnist_like', 'cifar10', 'image_folder', 'from_dataset', 'open_data']
+__all__ = ['CIFAR10_NAMES', 'NoSplit', 'npz', 'mnist_like', 'cifar10', 'image_folder', 'from_dataset', 'open_data']
 
 # %% ../nbs/93_sources.ipynb #c04f8727
 @contextmanager
@@ -73,6 +73,10 @@ def _as_counts(x: np.ndarray | Tensor, levels: Levels, value_range: tuple[float,
     return counts
 
 # %% ../nbs/93_sources.ipynb #b2dea540
+class NoSplit(ValueError):
+    """Sound data, which have no such split."""
+
+
 def npz(path: str | os.PathLike, split: str = "train", *, levels: Levels | None = None,
         value_range: tuple[float, float] | None = None) -> Images:
     """Returns the images of an .npz file.
@@ -91,7 +95,8 @@ def npz(path: str | os.PathLike, split: str = "train", *, levels: Levels | None 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, no images of this split, or what ``Images`` refuses.
+        NoSplit: no images of this split.
+        ValueError: damaged, or what ``Images`` refuses.
     """
     one = split == "train"
     xs = (f"{split}_images", f"x_{split}", *("images", "x", "arr_0") * one)
@@ -99,7 +104,7 @@ def npz(path: str | os.PathLike, split: str = "train", *, levels: Levels | None 
     stored = read_npz(path, {*xs, *ys, "levels"})
     x, y = (next((stored[name] for name in names if name in stored), None) for names in (xs, ys))
     if x is None:
-        raise ValueError(f"{path} has no images of the split {split!r}: none of {', '.join(xs)}")
+        raise NoSplit(f"{path} has no images of the split {split!r}: none of {', '.join(xs)}")
     with _of(path):
         levels = levels or Levels(int(stored.get("levels", 256)))
         counts = _channels_first(_as_counts(x, levels, value_range))
@@ -339,9 +344,11 @@ def _saved(folder: Path, split: str) -> Images:
         raise ImportError(f"{folder} needs Hugging Face datasets: pip install datasets") from None
     found = load_from_disk(str(folder))
     if isinstance(found, Mapping):
-        found = found[require_choice("split", split, found)]
+        if split not in found:
+            raise NoSplit(f"{folder} has no split {split!r}, only {', '.join(found)}")
+        found = found[split]
     elif split != "train":
-        raise ValueError(f"{folder} holds one set, no split {split!r}: random_split makes one")
+        raise NoSplit(f"{folder} holds one set, no split {split!r}: random_split makes one")
     return from_dataset(found)
 
 
@@ -349,10 +356,10 @@ def _split_folder(path: Path, split: str, **options: Any) -> Images:
     """The pictures of a split, from its own folder if there is one of any."""
     if any((path / name).is_dir() for name in ("train", "test")):
         if not (path / split).is_dir():
-            raise ValueError(f"{path} has no folder {split}")
+            raise NoSplit(f"{path} has no folder {split}")
         return image_folder(path / split, **options)
     if split != "train":
-        raise ValueError(f"{path} holds one set, no split {split!r}: random_split makes one")
+        raise NoSplit(f"{path} holds one set, no split {split!r}: random_split makes one")
     return image_folder(path, **options)
 
 # %% ../nbs/93_sources.ipynb #f0e73ab9
@@ -382,7 +389,8 @@ def open_data(source: str | os.PathLike, split: str = "train", *,
     Raises:
         TypeError: ``source`` is neither text nor a path.
         FileNotFoundError: nothing there, or a part of it is missing.
-        ValueError: a split that is not there, a file of another kind, or a damaged one.
+        NoSplit: sound data without this split; it is a ValueError.
+        ValueError: a file of another kind, or a damaged one.
     """
     path = _path(source)
     if str(path) == "digits":

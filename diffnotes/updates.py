@@ -29,7 +29,7 @@ from .training import (TIMES, WEIGHTINGS, ema_decay, ema_update, gamma_of, loss,
                                 power_decay)
 
 # %% auto #0
-__all__ = ['LEVELS', 'State', 'state_tensors', 'fill_state', 'accelerator', 'require_finite', 'Journal', 'check_options',
+__all__ = ['LEVELS', 'State', 'state_tensors', 'fill_state', 'accelerator', 'require_finite_losses', 'Journal', 'check_options',
            'Stepper', 'take_step']
 
 # %% ../nbs/26_updates.ipynb #6f2f258f
@@ -167,7 +167,7 @@ def _seed_network(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 # %% ../nbs/26_updates.ipynb #aa08be70
-def require_finite(losses: list[float], first: int) -> None:
+def require_finite_losses(losses: list[float], first: int) -> None:
     """Stops a run whose loss is not finite, at its step, by a FloatingPointError.
 
     Args:
@@ -218,7 +218,7 @@ class Journal:
         if self.engine.num_processes > 1:
             losses = self.engine.reduce(losses, "mean")
             table = self.engine.reduce(table.to(losses.device))
-        require_finite(losses.tolist(), self.first)
+        require_finite_losses(losses.tolist(), self.first)
         total, count = table.tolist()
         spent, self.since = time.monotonic() - self.since, time.monotonic()
         steps, self.losses, self.seen = len(losses), [], []
@@ -270,8 +270,10 @@ def _check_folder(o: SimpleNamespace) -> None:
     asked = [k for k in ("resume", "save_every", "sample_every", "tensorboard") if getattr(o, k)]
     if o.out is None and (asked or o.profiles):
         raise ValueError(f"{(asked or ['profiles'])[0]} needs out, a folder to write to")
-    if o.sample_every and (o.denoiser.shape is None or len(o.denoiser.shape) != 3):
-        raise ValueError("sample_every draws images: the denoiser's shape must be (C, H, W)")
+    shape = o.denoiser.shape or ()
+    if o.sample_every and (len(shape) != 3 or shape[0] not in (1, 3)):
+        raise ValueError("sample_every draws images: the denoiser's shape must be (1 or 3, H, W)"
+                         f"; got {shape}")
     for wanted, module, package in ((o.sample_every, "PIL", "pillow"),
                                     (o.tensorboard, "tensorboard", "tensorboard")):
         if wanted and importlib.util.find_spec(module) is None:

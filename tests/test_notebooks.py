@@ -23,7 +23,8 @@ NETWORK = re.compile(
     r"fetch_openml|hf_hub_download|snapshot_download|from_pretrained|torch\.hub)\b"
 )
 # Chapters that speak of these words, and use them on a local folder.
-LOCAL = {"24_pretrained": re.compile(r"\b(from_pretrained|snapshot_download)\b")}
+LOCAL = dict.fromkeys(("24_pretrained", "95_habits"),
+                      re.compile(r"\b(from_pretrained|snapshot_download)\b"))
 CLOSING = ["What we have", "Exercises", "Sources"]
 CELL_LINES, COLUMNS, NOTEBOOK_BYTES = 25, 99, 500_000
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))

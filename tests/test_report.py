@@ -177,7 +177,7 @@ def test_images_bring_their_labels_and_levels():
         (TypeError, "pair", 3),
         (TypeError, "pair", "digits"),
         (TypeError, "floating", torch.zeros(9, 3, dtype=torch.uint8)),
-        (ValueError, "at least 6", torch.zeros(4, 3)),
+        (ValueError, "at least 14", torch.zeros(4, 3)),
         (ValueError, "labels", (TRAIN[0], TRAIN[1][:5])),
         (ValueError, "held-out", (TRAIN[0], torch.zeros(9, 2))),
     ],

@@ -799,11 +799,8 @@ def test_samples_and_tensorboard(tmp_path):
     quick(net, data, out=tmp_path, steps=4, sample_every=2, tensorboard=True)
     pictures = sorted((tmp_path / "samples").glob("*.png"))
     assert [p.name for p in pictures] == ["step-00000002.png", "step-00000004.png"]
-    assert image.open(pictures[0]).size == (480, 480)
+    assert image.open(pictures[0]).size == (410, 410)
     assert list((tmp_path / "tensorboard").iterdir())
-    grid = runs._picture(torch.linspace(-1, 1, 16).reshape(16, 1, 1, 1), -1, 1)
-    assert grid.shape == (4, 16, 1)
-    assert grid[0, ::2, 0].tolist() == [0, 17, 34, 51, 68, 85, 102, 119]
 
 
 def test_networks_of_ones_own_keep_their_checkpoints(tmp_path):

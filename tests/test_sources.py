@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from diffnotes.data import DIGIT_LEVELS, Levels, digit_images
 from diffnotes.sources import (
     CIFAR10_NAMES,
+    NoSplit,
     cifar10,
     from_dataset,
     image_folder,
@@ -43,7 +44,7 @@ def test_names_in_an_npz(tmp_path, x, y):
     images = npz(tmp_path / "a.npz")
     assert np.array_equal(images.counts[:, 0], GREY) and images.labels.tolist() == LABELS.tolist()
     assert images.levels == Levels() and images.n_classes == 3
-    with pytest.raises(ValueError, match="no images of the split 'test'"):
+    with pytest.raises(NoSplit, match="no images of the split 'test'"):
         npz(tmp_path / "a.npz", "test")
 
 
@@ -331,7 +332,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     assert torch.equal(open_data(tmp_path / "one").counts, images.counts)
     assert len(open_data(tmp_path / "both", "test")) == 1
     for folder, words in (("one", "no split 'test'"), ("both", "train.*test")):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(NoSplit, match=words):
             open_data(tmp_path / folder, "test" if folder == "one" else "valid")
 
 
