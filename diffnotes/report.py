@@ -126,7 +126,7 @@ def _as_set(data: Any, least: int) -> tuple[_Set, Levels | None]:
         return _Set(x, y), getattr(data, "levels", None)
     found = _Set(data) if torch.is_tensor(data) else _Set(*data)
     if require_floating("data", found.x).ndim < 2 or len(found.x) < least:
-        raise ValueError(f"data must hold at least {least} images, got shape {tuple(found.x.shape)}")
+        raise ValueError(f"data need at least {least} images, got shape {tuple(found.x.shape)}")
     if found.y is not None and (not torch.is_tensor(found.y) or len(found.y) != len(found.x)):
         raise ValueError("labels must be a tensor with one entry for each image")
     return found, None
@@ -311,12 +311,10 @@ def judge(samples: Tensor, data: Any = None, *, asked: Tensor | None = None, fea
             another number of labels; fewer than 14 training or 7 held-out images.
     """
     train, held_out, _ = _as_sets(data)
-    if asked is not None and len(asked) != len(samples) or len(samples) < 7:
-        raise ValueError(f"at least 7 samples, with a label for each or none; got {len(samples)} "
-                         f"samples and {'no' if asked is None else len(asked)} labels")
+    if len(samples) < 7 or asked is not None and len(asked) != len(samples):
+        raise ValueError(f"at least 7 samples, and a label for each or none; got {len(samples)}")
     require_shape("samples", require_floating("samples", samples), train.x.shape[1:])
-    generator = torch.Generator().manual_seed(seed)
-    m = min(len(samples), len(train.x) // 2)
+    generator, m = torch.Generator().manual_seed(seed), min(len(samples), len(train.x) // 2)
     cut, chosen = (torch.randperm(len(u), generator=generator) for u in (train.x, samples))
     halves = train.x[cut[:m]], train.x[cut[m:2 * m]]
     features, name = _features_for(train.x, features)

@@ -20,14 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from . import pretrained
+from . import pictures, pretrained
 from .batches import Batches, kept_randomness, stream
 from .checkpoints import (appearing, append_log, checkpoints, first_difference,
                                    last_checkpoint, patient, read_run, recipe_of, snapshots, sweep,
                                    truncate_log, write_checkpoint, write_snapshot)
 from .checks import require_positive_int
 from .denoisers import Denoiser
-from .pictures import page, to_bytes
 from .samplers import sample
 from .training import gamma_of, posthoc_weights
 from .updates import (Stepper, accelerator, check_options, fill_state,
@@ -195,7 +194,8 @@ def _show(run: _Run) -> None:
     cond = torch.arange(64, device=run.device) % classes if classes and run.labelled else None
     images = sample(_settle(run), 64, cond=cond, seed=o.seed)
     levels = getattr(o.data, "levels", None)
-    grid = page(to_bytes(images, *(levels.low, levels.high) if levels else (-1.0, 1.0)), 8)
+    pixels = pictures.to_bytes(images, *(levels.low, levels.high) if levels else (-1.0, 1.0))
+    grid = pictures.page(pixels, 8)
     target = Path(o.out, "samples", f"step-{run.state.k:08d}.png")
     with _disk(run, "the picture of "):
         target.parent.mkdir(exist_ok=True)
