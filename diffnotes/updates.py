@@ -96,7 +96,7 @@ def fill_state(state: State, stored: dict[str, Tensor]) -> None:
         state: of the same network, as it was made.
         stored: what ``state_tensors`` gave.
     """
-    for p, i in zip(state.free, range(len(state.free)), strict=True):
+    for i, p in enumerate(state.free):
         for key in "exp_avg", "exp_avg_sq":
             if f"adamw/{i}/{key}" in stored:
                 state.adamw.state[p][key] = torch.zeros_like(p)
