@@ -34,6 +34,12 @@ from .pretrained import from_pretrained, load, load_pretrained, push_to_hub, sav
 from .runs import posthoc, train
 from .interop import adapt, audit, clipped, from_diffusers, to_diffusers
 from .report import evaluate
+from .ddim import ddim_sampler, invert, spaced_times
+from .exponential import multistep
+from .edm import edm_heun, edm_sde, karras_times
+from .adaptive import adaptive_flow
+from .calibration import calibrated, calibrated_times
+from .brownian import BrownianPath, adaptive_sde
 
 __all__ = [
     "check", "check_mc", "check_symbolic",
@@ -53,4 +59,10 @@ __all__ = [
     "train", "posthoc",
     "adapt", "audit", "clipped", "from_diffusers", "to_diffusers",
     "evaluate",
+    "ddim_sampler", "invert", "spaced_times",
+    "multistep",
+    "edm_heun", "edm_sde", "karras_times",
+    "adaptive_flow",
+    "calibrated", "calibrated_times",
+    "BrownianPath", "adaptive_sde",
 ]

@@ -5,18 +5,51 @@
 # %% ../nbs/04_stepping.ipynb #106d915f
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
+from sys import getrefcount
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import require_choice, require_finite, require_positive_int, require_time
-from .denoisers import Denoiser, _labels, _network_time, convert, preconditioning
+from .denoisers import (Denoiser, _labels, _network_time, _require_state, convert,
+                                 preconditioning)
 from .processes import Discrete, Process
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'time_grid', 'as_times', 'step_coefficients', 'Evaluator', 'denoise_along', 'walk', 'Sampler', 'register']
+
+# %% ../nbs/04_stepping.ipynb #b1cc642c
+def _key(value: Any) -> Any:
+    """What is equal for equal arguments; an error where that would not say enough."""
+    if torch.is_tensor(value):
+        return value.shape, value.dtype, value.numpy().tobytes()
+    if isinstance(value, Process) and type(value).__module__ != Process.__module__:
+        raise TypeError("a process that may change")
+    return type(value), value
+
+
+def _remembered(function: Callable) -> Callable:
+    """The function, of tensors or a tuple of them, with its last answers kept."""
+    answers: dict = {}
+
+    @wraps(function)
+    def recall(*args: Any) -> Any:
+        try:
+            if (found := answers.get(key := tuple(map(_key, args)))) is None:
+                found = function(*args)
+                [_key(part) for part in (found if isinstance(found, tuple) else [found])]
+                len(answers) < 256 or answers.clear()
+                answers[key] = found
+        except (TypeError, RuntimeError):
+            return function(*args)
+        return found.clone() if torch.is_tensor(found) else tuple(
+            part.clone() if torch.is_tensor(part) else part for part in found)
+    return recall
 
 # %% ../nbs/04_stepping.ipynb #98bb2f04
 def _on_chain(times: Tensor, n_steps: int) -> Tensor:
@@ -29,26 +62,9 @@ def _on_chain(times: Tensor, n_steps: int) -> Tensor:
     return (torch.minimum(k, n_steps - (len(times) - 1) + i) / n_steps).flip(0)
 
 
-def time_grid(process: Process, steps: int, kind: str = "log_snr") -> Tensor:
-    """Returns the times of a sampler, from the process's t_max down to its t_min.
-
-    Args:
-        process: the forward process. On a ``Discrete`` one the times are distinct points k / T of
-            the chain, the nearest that are free.
-        steps: number of times, at least 1; a single one is t_max.
-        kind: ``"log_snr"``, equal steps in log-SNR, or ``"t"``, equal steps in t (on ``EDM`` the
-            grid of Karras et al.).
-
-    Returns:
-        ``(steps,)`` float64 on the CPU, strictly decreasing, sigma > 0 at each.
-
-    Raises:
-        TypeError: ``steps`` is not an int.
-        ValueError: ``steps`` is less than 1 or more than the chain has points; unknown ``kind``.
-
-    Reference:
-        eq-step-grid, eq-step-chain; Karras et al. (2022), equation 5, for ``"t"`` on ``EDM``.
-    """
+@_remembered
+def _even_grid(process: Process, steps: int, kind: str) -> Tensor:
+    """Equal steps in log-SNR or in t."""
     steps, high, low = require_positive_int("steps", steps), process.t_max, process.t_min
     if require_choice("kind", kind, ("log_snr", "t")) == "t":
         times = torch.linspace(high, low, steps, dtype=torch.float64)
@@ -58,15 +74,61 @@ def time_grid(process: Process, steps: int, kind: str = "log_snr") -> Tensor:
     times[-1], times[0] = low, high
     return _on_chain(times, process.n_steps) if isinstance(process, Discrete) else times
 
+
+def time_grid(process: Process, steps: int, kind: str | Callable = "log_snr") -> Tensor:
+    """Returns the times of a sampler, from the process's t_max down to its t_min.
+
+    Args:
+        process: the forward process. On a ``Discrete`` one the times are distinct points k / T of
+            the chain, the nearest that are free.
+        steps: number of times, at least 1; a single one is t_max.
+        kind: ``"log_snr"``, equal steps in log-SNR, or ``"t"``, equal steps in t (on ``EDM`` the
+            grid of Karras et al.). A callable ``(process, steps) -> times`` is asked, and its
+            times are taken as ``as_times`` takes them, also between the points of a chain.
+
+    Returns:
+        ``(steps,)`` float64 on the CPU, strictly decreasing, sigma > 0 at each; of a callable as
+        many as it gives.
+
+    Raises:
+        TypeError: ``steps`` is not an int.
+        ValueError: ``steps`` is less than 1 or more than the chain has points; unknown ``kind``;
+            a callable's times do not decrease.
+
+    Reference:
+        eq-step-grid, eq-step-chain; Karras et al. (2022), equation 5, for ``"t"`` on ``EDM``.
+    """
+    if callable(kind):
+        return as_times(process, kind(process, require_positive_int("steps", steps)))
+    return _even_grid(process, steps, kind)
+
 # %% ../nbs/04_stepping.ipynb #56a21e3f
-def _in_range(times: Sequence[float] | Tensor) -> Tensor:
-    """One or more times in [0, 1] as a float64 CPU tensor."""
+def _real(times: Sequence[float] | Tensor) -> Tensor:
+    """One or more numbers as a float64 CPU tensor."""
     if torch.as_tensor(times).is_complex():
         raise TypeError(f"times must be real, got {times}")
     times = torch.as_tensor(times, dtype=torch.float64, device="cpu").detach()
     if times.ndim != 1 or len(times) == 0:
         raise ValueError(f"times must be (N,) with N >= 1, got shape {tuple(times.shape)}")
-    return require_time(times, name="times")
+    return times
+
+
+def _in_range(times: Sequence[float] | Tensor) -> Tensor:
+    """One or more times in [0, 1] as a float64 CPU tensor."""
+    return require_time(_real(times), name="times")
+
+
+@_remembered
+def _decreasing(process: Process, times: Tensor) -> Tensor:
+    """The times, without a last one at which sigma is 0."""
+    times = require_time(times, name="times")
+    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        if s >= t:
+            raise ValueError(f"times must decrease strictly, noise first; got {s:g} after {t:g}")
+    times = times[:-1] if process.sigma(times[-1:])[0] == 0 else times
+    if len(times) == 0:
+        raise ValueError("times must hold one with sigma > 0, got only 0")
+    return times
 
 
 def as_times(process: Process, times: Sequence[float] | Tensor) -> Tensor:
@@ -85,16 +147,10 @@ def as_times(process: Process, times: Sequence[float] | Tensor) -> Tensor:
         TypeError: ``times`` are complex.
         ValueError: ``times`` is not as described; the message shows the offending value.
     """
-    times = _in_range(times)
-    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        if s >= t:
-            raise ValueError(f"times must decrease strictly, noise first; got {s:g} after {t:g}")
-    times = times[:-1] if process.sigma(times[-1:])[0] == 0 else times
-    if len(times) == 0:
-        raise ValueError("times must hold one with sigma > 0, got only 0")
-    return times
+    return _decreasing(process, _real(times))
 
 # %% ../nbs/04_stepping.ipynb #5706e190
+@_remembered
 def step_coefficients(process: Process, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns a, b and h of each step x_s = a x_t + b x0_hat; h is half its gain in log-SNR.
 
@@ -120,8 +176,9 @@ class Evaluator:
     """A denoiser on a grid of times, asked in its network's own coordinate.
 
     ``value = evaluate(i, x)`` is what the network says at ``points[i]``, and x0_hat is
-    p[i] x + q[i] value. The first call goes through the denoiser's checks, later ones straight
-    to the network. Any other callable ``(x_t, t, cond) -> x0_hat`` has p = 0 and q = 1.
+    p[i] x + q[i] value. The first call makes the denoiser's checks, later ones go straight to the
+    network, with states of the same shape. Any other callable
+    ``(x_t, t, cond) -> x0_hat`` has p = 0 and q = 1.
 
     Args:
         denoiser: the denoiser, with its ``process``.
@@ -142,25 +199,25 @@ class Evaluator:
     """
 
     def __init__(self, denoiser: Denoiser, times: Tensor, cond: Tensor | None = None) -> None:
-        zero, one = torch.zeros_like(times), torch.ones_like(times)
-        self.points, self.p, self.q = times.tolist(), zero, one
-        self._told, self._net = (denoiser, times, cond), None
-        if type(denoiser).__call__ is Denoiser.__call__:
-            pq = convert(torch.cat([zero, one]), torch.cat([one, zero]), times.repeat(2),
-                         denoiser.process, denoiser.predicts, "x0", sigma_data=denoiser.sigma_data)
-            self.p, self.q = pq.chunk(2)
+        self._denoiser, self._cond, self._told = denoiser, cond, None
+        self.points, self._direct = times.tolist(), type(denoiser).__call__ is Denoiser.__call__
+        if self._direct:
+            self.p, self.q, self._pairs, self._clock, self._c_in = _words(
+                denoiser.process, times, denoiser.predicts, denoiser.sigma_data, denoiser.time)
         else:
-            self._net = lambda i, x: denoiser(x, self.points[i], cond)
-        self._pairs = list(zip(self.p.tolist(), self.q.tolist(), strict=True))
+            self.p, self.q, self._pairs = 0 * times, times**0, [(0.0, 1.0)] * len(times)
 
     def __call__(self, i: int, x: Tensor) -> Tensor:
         """Returns the network's value for x at ``points[i]``, ``(B, *D)``: one evaluation."""
-        if self._net is not None:
-            return self._net(i, x)
-        denoiser, times, cond = self._told
-        self._net = _prepared(denoiser, times, cond, x)
-        value = denoiser.predict(x, self.points[i], cond)
-        if value.shape != x.shape:
+        if not self._direct:
+            return self._denoiser(x, self.points[i], self._cond)
+        if first := self._told is None:
+            _require_state(self._denoiser, x, self._cond)
+            self._dtype, self._told = _prepared(self._denoiser, self._clock, self._cond, x)
+        told = x if self._c_in is None else x.mul(self._c_in[i])
+        told = told if told.dtype == self._dtype else told.to(self._dtype)
+        value = self._denoiser.net(told, *self._told[i])
+        if first and value.shape != x.shape:
             raise ValueError(f"prediction of shape {tuple(value.shape)} for {tuple(x.shape)}")
         return value
 
@@ -170,18 +227,29 @@ class Evaluator:
         return value.to(x.dtype) if (p, q) == (0, 1) else x.mul(p).add_(value, alpha=q)
 
 # %% ../nbs/04_stepping.ipynb #d9f872a3
-def _prepared(denoiser: Denoiser, times: Tensor, cond: Tensor | None,
-              x: Tensor) -> Callable[[int, Tensor], Tensor]:
-    """The network as a function of (i, x), all else that it is told ready for states like x."""
-    net, dtype, process = denoiser.net, denoiser.dtype or x.dtype, denoiser.process
-    time = _network_time(denoiser.time, times, process)
-    rows = time.to(x.device, torch.promote_types(dtype, torch.float32))[:, None].repeat(1, len(x))
+@_remembered
+def _words(process: Process, times: Tensor, predicts: str, sigma_data: float | None,
+           time: str | Callable) -> tuple[Tensor, Tensor, list, list, list | None]:
+    """p and q of x0_hat = p x + q value, in pairs too, the clock, and the scale of the input."""
+    zero, one = torch.zeros_like(times), torch.ones_like(times)
+    pq = convert(torch.cat([zero, one]), torch.cat([one, zero]), times.repeat(2), process,
+                 predicts, "x0", sigma_data=sigma_data)
+    c_in = preconditioning(process, times, sigma_data)[2].tolist() if predicts == "edm" else None
+    pairs = list(zip(*pq.reshape(2, -1).tolist(), strict=True))
+    return *pq.chunk(2), pairs, _network_time(time, times, process).tolist(), c_in
+
+
+def _prepared(denoiser: Denoiser, clock: list[float], cond: Tensor | None,
+              x: Tensor) -> tuple[torch.dtype, list[tuple]]:
+    """The network's dtype, and at each time what it is told beside a state like x."""
+    dtype, n = denoiser.dtype or x.dtype, len(x)
+    wide = torch.promote_types(dtype, torch.float32)
+    if x.device.type == "cpu":
+        rows = torch.tensor(clock, dtype=wide)[:, None].repeat(1, n).unbind()
+    else:
+        rows = [torch.full((n,), time, dtype=wide, device=x.device) for time in clock]
     rest = (_labels(cond, x),) if denoiser._takes_cond else ()
-    told = [(row, *rest) for row in rows]
-    if denoiser.predicts != "edm":
-        return lambda i, x: net(x.to(dtype), *told[i])
-    c_in = preconditioning(process, times, denoiser.sigma_data)[2].tolist()
-    return lambda i, x: net(x.mul(c_in[i]).to(dtype), *told[i])
+    return dtype, [(row, *rest) for row in rows]
 
 # %% ../nbs/04_stepping.ipynb #85dbb56a
 def denoise_along(evaluate: Evaluator, x_T: Tensor, step: Callable[..., Tensor],
@@ -218,27 +286,137 @@ def _numbers(name: str, values: Sequence[float] | Tensor, count: int) -> Tensor:
     """The values as a float64 CPU tensor of so many finite numbers."""
     values = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     if values.shape != (count,) or not values.isfinite().all():
-        raise ValueError(f"{name} must be {count} finite numbers, one for each step, "
-                         f"got {values.tolist()}")
+        raise ValueError(f"{name} must be {count} finite numbers, got {values.tolist()}")
     return values
 
 
+def _table(on_x0: Sequence[float] | Tensor, n: int) -> Tensor:
+    """The factors of x0_hat at n times as a tensor (M, k), M = n - 1 or n."""
+    on_x0 = torch.as_tensor(on_x0, dtype=torch.float64, device="cpu").detach()
+    if on_x0.ndim != 2:
+        return _numbers("on_x0", on_x0, n - 1)[:, None]
+    if len(on_x0) not in (n - 1, n) or not on_x0.isfinite().all():
+        raise ValueError(f"on_x0 must be {n - 1} or {n} rows of finite numbers, got {on_x0}")
+    if on_x0.triu(1).any():
+        raise ValueError(f"on_x0[i, j] must be 0 for j > i, as nothing came before; got {on_x0}")
+    return on_x0
+
+# %% ../nbs/04_stepping.ipynb #94fe81fe
+class _Row(NamedTuple):
+    """One step: factor * past[lag], oldest first, + b value + a x + c z."""
+
+    a: float  # of x; where ``early``, of the answer that is kept of this row
+    b: float
+    c: float
+    past: tuple[tuple[int, float], ...]
+    last: bool  # the oldest of them is used for the last time
+    ratio: float | None  # the answer is x + ratio value, x0_hat without its p; value where p = 0
+    kept: bool  # the answer is used by a later row
+    early: bool  # and here, in the place of x
+    scale: float | Tensor  # the first factor; torch multiplies faster by a tensor than by a float
+
+# %% ../nbs/04_stepping.ipynb #85acb832
+@_remembered
+def _rows(times: Tensor, p: Tensor, q: Tensor, on_x: Any, on_x0: Any, on_noise: Any) -> tuple:
+    """The steps of a walk, eq-step-history, in the network's own words."""
+    if not (require_time(times, name="times").diff() <= 0).all():
+        raise ValueError(f"times must not increase, noise first; got {times.tolist()}")
+    on_x0 = _table(on_x0, len(p))
+    m, on_x = len(on_x0), _numbers("on_x", on_x, len(on_x0))
+    c = torch.zeros(m) if on_noise is None else _numbers("on_noise", on_noise, m)
+    p, q, b, scale = p[:m], q[:m], on_x0[:, :1].sum(1), torch.where(p == 0, q, p).tolist()
+    past = [[(j - 1, row[j] * scale[i - j]) for j in range(len(row) - 1, 0, -1) if row[j]]
+            for i, row in enumerate(on_x0.tolist())]
+    users = {i - 1 - lag: i for i, terms in enumerate(past) for lag, _ in terms}
+    last = [bool(terms) and users[i - 1 - terms[0][0]] == i for i, terms in enumerate(past)]
+    kept = [i in users for i in range(m)]
+    early = torch.tensor(kept, dtype=torch.bool) & (p >= 0.5)
+    a, b = (on_x + b * p).tolist(), torch.where(early, -on_x * q / p, b * q).tolist()
+    ratio = [None if of_x == 0 else r for of_x, r in zip(p, (q / p).tolist(), strict=True)]
+    first = [terms[0][1] if terms else a[i] for i, terms in enumerate(past)]
+    return tuple(map(_Row, a, b, c.tolist(), map(tuple, past), last, ratio, kept,
+                     early.tolist(), torch.tensor(first, dtype=torch.float32)))
+
+# %% ../nbs/04_stepping.ipynb #4a3f9ecd
+def _apart(value: Tensor, x: Tensor) -> bool:
+    """Says whether two tensors are known to have no memory in common."""
+    try:
+        return value.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+
+
+def _answer(row: _Row, x: Tensor, value: Tensor, own: bool) -> Tensor:
+    """What later steps need of an answer, in the memory of x if that is ours."""
+    if row.ratio is None:
+        return x.copy_(value) if own else value.to(x.dtype, copy=True)
+    return x.add_(value, alpha=row.ratio) if own else x.add(value, alpha=row.ratio).to(x.dtype)
+
+# %% ../nbs/04_stepping.ipynb #cfd9ef60
+def _stepped(row: _Row, x: Tensor, value: Tensor, past: deque, own: bool,
+             calm: bool) -> tuple[Tensor, Tensor | None]:
+    """The next state but for its noise, and what is kept, in memory that is ours or new."""
+    kept = None
+    if row.early:
+        x = kept = _answer(row, x, value, own)
+    if row.past:
+        oldest = past[row.past[0][0]]
+        x_s = oldest.mul_(row.scale) if calm and row.last else oldest.mul(row.scale)
+        for lag, factor in row.past[1:]:
+            x_s.add_(past[lag], alpha=factor)
+        x_s.add_(value, alpha=row.b).add_(x, alpha=row.a)
+    else:
+        x_s = x.mul_(row.scale) if own and not row.kept else x.mul(row.scale)
+        x_s.add_(value, alpha=row.b)
+    if row.kept and not row.early:
+        kept = _answer(row, x, value, own)
+    return x_s, kept
+
+# %% ../nbs/04_stepping.ipynb #cd07d572
+def _run(evaluate: Evaluator, x_T: Tensor, rows: Sequence[_Row], draw: Callable,
+         callback: Callable | None) -> Tensor:
+    """Takes the steps; the result is the state after the last, or x0_hat at a time left over."""
+    x, count = x_T.to(torch.promote_types(x_T.dtype, torch.float32)), len(rows)
+    past: deque = deque(maxlen=1 + max([0, *(lag for row in rows for lag, _ in row.past)]))
+    calm = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if not (calm and x.dtype == torch.float32 and x.device.type == "cpu"):
+        rows = [row._replace(scale=row.past[0][1] if row.past else row.a) for row in rows]
+    for i, t in enumerate(evaluate.points):
+        holders = getrefcount(x) if calm else 0
+        value = evaluate(i, x)
+        if callback is not None:
+            callback(i, t, x, evaluate.x0_hat(i, x, value))
+        if i == count:
+            return evaluate.x0_hat(i, x, value).to(x_T.dtype)
+        row = rows[i]
+        alone = calm and callback is None and getrefcount(x) == holders and _apart(value, x)
+        (x, kept), value = _stepped(row, x, value, past, alone and i > 0, calm), None
+        past.appendleft(kept)
+        if row.c:
+            x.add_(draw(x), alpha=row.c)
+    return x.to(x_T.dtype)
+
+# %% ../nbs/04_stepping.ipynb #cf041a7d
 def walk(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor,
          on_x: Sequence[float] | Tensor, on_x0: Sequence[float] | Tensor,
          on_noise: Sequence[float] | Tensor | None = None, *, cond: Tensor | None = None,
-         noise: Callable[[Tensor], Tensor] | None = None,
-         callback: Callable | None = None) -> Tensor:
+         noise: Callable | None = None, callback: Callable | None = None) -> Tensor:
     """Returns x0_hat after steps x_s = on_x x_t + on_x0 x0_hat + on_noise z from time to time.
 
     N times make N - 1 steps, and one evaluation at each time. The result is x0_hat at the last.
+    With a table ``(M, k)`` for ``on_x0`` step i uses the last k answers,
+    x_s = on_x[i] x_t + sum_j on_x0[i, j] x0_hat(i - j) + on_noise[i] z; and where M = N, the last
+    row gives the result in the place of x0_hat.
 
     Args:
         denoiser: ``(x_t, t, cond) -> x0_hat``.
         x_T: state at ``times[0]``, already scaled, ``(B, *D)``.
         times: in [0, 1], never increasing; one that is repeated is asked again. ``(N,)``.
-        on_x: factor of the state in each step, ``(N - 1,)``.
-        on_x0: factor of x0_hat, ``(N - 1,)``.
-        on_noise: factor of the noise, ``(N - 1,)``; None for a sampler that draws none.
+        on_x: factor of the state in each step, ``(N - 1,)``, or ``(M,)`` beside a table.
+        on_x0: factor of x0_hat, ``(N - 1,)``; or a table ``(M, k)``, M = N - 1 or N, in which
+            column j belongs to x0_hat at time i - j, and is 0 where there is none.
+        on_noise: factor of the noise, shaped as ``on_x``; None for a sampler that draws none.
+            Where it is 0 none is drawn.
         cond: condition, passed to the denoiser unchanged.
         noise: gives standard normal noise like its argument; ``torch.randn_like`` by default.
         callback: called with (i, t, x_t, x0_hat) at each time.
@@ -253,21 +431,12 @@ def walk(denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor,
             network's coordinate does not tell x0_hat at one of the times.
 
     Reference:
-        eq-step-affine, eq-step-native.
+        eq-step-affine, eq-step-history, eq-step-native.
     """
-    times = _in_range(times)
-    if not (times.diff() <= 0).all():
-        raise ValueError(f"times must not increase, noise first; got {times.tolist()}")
-    evaluate, count = Evaluator(denoiser, times, cond), len(times) - 1
-    on_x, on_x0 = _numbers("on_x", on_x, count), _numbers("on_x0", on_x0, count)
-    a, b = (on_x + on_x0 * evaluate.p[:-1]).tolist(), (on_x0 * evaluate.q[:-1]).tolist()
-    c = None if on_noise is None else _numbers("on_noise", on_noise, count).tolist()
-    draw = torch.randn_like if noise is None else noise
-
-    def step(i: int, x: Tensor, value: Tensor) -> Tensor:
-        x_s = x.mul(a[i]).add_(value, alpha=b[i])
-        return x_s if c is None else x_s.add_(draw(x), alpha=c[i])
-    return denoise_along(evaluate, x_T, step, callback)
+    times = _real(times)
+    evaluate = Evaluator(denoiser, times, cond)
+    rows = _rows(times, evaluate.p, evaluate.q, on_x, on_x0, on_noise)
+    return _run(evaluate, require_finite("x_T", x_T), rows, noise or torch.randn_like, callback)
 
 # %% ../nbs/04_stepping.ipynb #b38117fc
 def _one_each(n: int) -> int:
@@ -282,14 +451,14 @@ class Sampler:
     Attributes:
         fn: ``fn(denoiser, x_T, times, *, cond, noise, callback) -> x_0``.
         steps: how many times its grid has unless the caller says.
-        grid: kind of grid, see ``time_grid``.
+        grid: kind of grid, or a callable ``(process, steps) -> times``; see ``time_grid``.
         evaluations: number of times -> number of evaluations of the denoiser. It may take options
             of ``fn`` as keywords, with the same defaults.
     """
 
     fn: Callable[..., Tensor]
     steps: int = 18
-    grid: str = "log_snr"
+    grid: str | Callable = "log_snr"
     evaluations: Callable[..., int] = field(default_factory=lambda: _one_each)
 
 
@@ -297,7 +466,7 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {}
 
 
-def register(name: str, *, steps: int = 18, grid: str = "log_snr",
+def register(name: str, *, steps: int = 18, grid: str | Callable = "log_snr",
              evaluations: Callable[..., int] = _one_each) -> Callable:
     """Returns a decorator that puts a sampler into ``SAMPLERS`` under a name.
 
@@ -306,7 +475,8 @@ def register(name: str, *, steps: int = 18, grid: str = "log_snr",
     Args:
         name: what callers pass as ``sampler=``.
         steps: how many times the grid has unless the caller says.
-        grid: ``"log_snr"`` or ``"t"``, see ``time_grid``.
+        grid: ``"log_snr"``, ``"t"`` or a callable ``(process, steps) -> times``, see
+            ``time_grid``.
         evaluations: number of times -> number of evaluations of the denoiser; by default the same.
             What depends on an option of the sampler takes it as a keyword with the same default:
             ``lambda n, n_inner=5: n * n_inner + 1``.

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.development
 # Exported imports point up this list; but for (module, imported, inside which function).
 STORY = """checks mixtures processes denoisers stepping ddpm ncsn sde samplers likelihood data
 files sources networks training metrics pretrained batches updates checkpoints pictures runs
-interop report ddim exponential edm adaptive guidance inverse editing representations plots habits
+interop report ddim exponential edm adaptive
+calibration brownian guidance inverse editing representations plots habits
 cli""".split()
 DOWNWARD = {("mixtures", "denoisers", "denoiser")}
 LAZY = {"matplotlib", "scipy", "sklearn", "sympy", "PIL", "accelerate", "huggingface_hub",

@@ -21,7 +21,8 @@ EXPORT = re.compile(r"#\|\s*export\b")
 MODULES = {"dn", "checks", "mixtures", "processes", "denoisers", "stepping", "ddpm", "ncsn", "sde",
            "samplers", "likelihood", "data", "files", "sources",
            "networks", "training", "metrics", "pretrained",
-           "batches", "updates", "checkpoints", "runs", "interop", "report", "habits", "pictures"}
+           "batches", "updates", "checkpoints", "runs", "interop", "report", "habits", "pictures",
+           "ddim", "exponential", "edm", "adaptive", "calibration", "brownian"}
 CHECKS = {"check", "check_mc", "check_symbolic"}
 PRINTED = {"max error": "closed form", "largest z": "Monte Carlo", "symbolic": "symbolic"}
 
