@@ -11,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CACHE := _build/.jupyter_cache
+PEERS := _build/peers
 # One thread a process: two spinning pools on two cores are ten times slower.
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -75,8 +76,19 @@ ledger: $(READY) ## write nbs/ledger.md, the table of equations and checks, and 
 mutants: $(READY) ## break exported formulas one by one and see which breaks the chapters catch
 	@$(BIN)/python tools/mutants.py $(NB)
 
-bench: $(READY) ## the measurements of benchmarks/
+bench: $(READY) $(PEERS)/.ready ## the measurements of benchmarks/, and the samplers beside other libraries'
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	echo "== benchmarks/solvers"
+	$(PEERS)/bin/python benchmarks/solvers $(TABLES)
+
+# The development environment's packages, torch among them, are seen from the peers' through a .pth file.
+$(PEERS)/.ready: benchmarks/peers.txt $(READY)
+	@echo "== setting up $(PEERS)"
+	rm -rf $(PEERS) && $(PYTHON) -m venv $(PEERS)
+	here='import sysconfig; print(sysconfig.get_path("purelib"))'
+	$(CURDIR)/$(BIN)/python -c "$$here" > "$$($(PEERS)/bin/python -c "$$here")/development.pth"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
+	touch $@
 
 lock: ## pin requirements-dev.txt anew from requirements-dev.in
 	@rm -rf _build/lock && $(PYTHON) -m venv _build/lock

@@ -130,7 +130,7 @@ def treated(denoiser: Denoiser, treat: Callable[[Tensor], Tensor]) -> Denoiser:
     return Denoiser(net if isinstance(denoiser.net, nn.Module) else net.forward, denoiser.process,
                     "x0", denoiser.shape, device=denoiser.device, dtype=denoiser.dtype)
 
-# %% ../nbs/30_ddim.ipynb #92888b59
+# %% ../nbs/30_ddim.ipynb #2ea19b35
 def _indices(T: int, steps: int, kind: str, offset: int) -> np.ndarray:
     """The indices 0 .. T - 1 of a chain's steps that a published spacing visits, noise first."""
     if steps > T:
@@ -149,7 +149,8 @@ def spaced_times(process: Process, steps: int, kind: str = "trailing", *,
                  offset: int = 0) -> Tensor:
     """Returns the times of a sampler as published code spaces them.
 
-    A chain's T steps have indices j = 0 .. T - 1 there, the times (j + 1) / T here.
+    A chain's T steps have indices j = 0 .. T - 1 there, the times (j + 1) / T here. Steps at the
+    data's end that add no noise, beta = 0, are not counted.
 
     Args:
         process: a chain; for ``"trailing"`` any process, whose times are in equal steps from
@@ -177,27 +178,27 @@ def spaced_times(process: Process, steps: int, kind: str = "trailing", *,
     if offset and kind != "leading":
         raise ValueError(f"offset is for leading spacing alone, got {offset} with {kind}")
     if isinstance(process, Discrete):
-        index = _indices(process.n_steps, steps, kind, offset).astype(np.float64)
-        return (torch.from_numpy(index) + 1) / process.n_steps
+        first = round(process.t_min * process.n_steps)
+        index = _indices(process.n_steps - first + 1, steps, kind, offset).astype(np.float64)
+        return (torch.from_numpy(index) + first) / process.n_steps
     if kind != "trailing":
         raise ValueError(f"{kind} spacing is for a Discrete chain, got {process}; see time_grid")
     last = max(process.t_min, process.t_max / steps)
     return torch.linspace(process.t_max, last, steps, dtype=torch.float64)
 
-# %% ../nbs/30_ddim.ipynb #36e4b6fe
+# %% ../nbs/30_ddim.ipynb #3e35577e
 def _climb(process: Process, times: Tensor) -> tuple[list, ...]:
-    """For each time, the step a, b down from it, the gain of a correction, the guess's factors."""
-    alpha = process.alpha(times)
-    on_x, on_x0, _ = step_coefficients(process, times)
-    end, one = torch.zeros_like(alpha[:1]), torch.ones_like(alpha[:1])
-    gain = torch.where(alpha > 0, alpha / torch.cat([alpha[1:], one]),
-                       torch.cat([1 / on_x, end]))
-    up = torch.cat([1 / on_x, end])
-    return tuple(column.tolist() for column in (
-        torch.cat([on_x, end]), torch.cat([on_x0, one]), gain, up,
-        alpha - torch.cat([alpha[1:], one]) * up))
+    """Factors of x_t, x_s and x0_hat in a correction, and of the last two in the guess of x_t."""
+    alpha, (on_x, on_x0, _) = process.alpha(times), step_coefficients(process, times)
+    zero, one = torch.zeros_like(alpha[:1]), torch.ones_like(alpha[:1])
+    pairs = ((on_x, zero), (on_x0, one), (alpha[1:], one))
+    on_x, on_x0, below = (torch.cat(pair) for pair in pairs)
+    up = torch.where(on_x > 0, 1 / on_x, zero)
+    gain = torch.where(alpha > 0, alpha / below, up)
+    return tuple(column.tolist() for column in (1 - gain * on_x, gain, -gain * on_x0, up,
+                                                alpha - up * below))
 
-# %% ../nbs/30_ddim.ipynb #67c3f05b
+# %% ../nbs/30_ddim.ipynb #982b5d4d
 def invert(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | Tensor, *, rounds: int = 1,
            cond: Tensor | None = None, callback: Callable | None = None) -> Tensor:
     """Returns the x_T from which DDIM without noise, on these times, leads to x0.
@@ -233,11 +234,11 @@ def invert(denoiser: Denoiser, x0: Tensor, times: Sequence[float] | Tensor, *, r
     evaluate, columns = Evaluator(denoiser, times, cond), _climb(denoiser.process, times)
     below = require_finite("x0", x0).to(torch.promote_types(x0.dtype, torch.float32))
     x0_hat = below
-    for i, (a, b, gain, up, up_x0) in reversed(list(enumerate(zip(*columns, strict=True)))):
-        x = below * up + x0_hat * up_x0
+    for i, (on_x, gain, on_x0, up, up_x0) in reversed([*enumerate(zip(*columns, strict=True))]):
+        x = below.mul(up).add_(x0_hat, alpha=up_x0)
         for _ in range(rounds):
             x0_hat = evaluate.x0_hat(i, x, evaluate(i, x))
-            x = x + gain * (below - a * x - b * x0_hat)
+            x = x.mul(on_x).add_(below, alpha=gain).add_(x0_hat, alpha=on_x0)
         if callback is not None:
             callback(i, evaluate.points[i], x, x0_hat)
         below = x

@@ -46,7 +46,7 @@ def test_exact_on_one_point(process, predicts, steps):
 
 def test_table_is_whole():
     levels, corrections = TABLE["levels"], TABLE["corrections"]
-    assert len(levels) == len(corrections) == len(TABLE["c"]) == 30
+    assert len(levels) == len(corrections) == len(TABLE["c"]) == 20
     for steps, (row, extra) in enumerate(zip(levels, corrections, strict=True), start=1):
         assert len(row) == steps - 1 and len(extra) == steps
         assert all(a > b > 0 for a, b in zip(row, row[1:], strict=False))

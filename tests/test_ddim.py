@@ -280,6 +280,14 @@ def test_spacings_that_cannot_be(arguments, options, error, match):
     assert highest[0] == 1 and highest[-1] == 0.1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_without_noise_are_not_counted(kind):
+    process = Discrete(f64([0.0, 0.0, 0.5, 0.9]))
+    assert ddim.spaced_times(process, 2, kind).tolist() == [1.0, 0.75]
+    with pytest.raises(ValueError, match="at most the chain's 2, got 3"):
+        ddim.spaced_times(process, 3, kind)
+
+
 @each_process
 def test_trailing_times_of_any_process(process):
     for S in (1, 2, 7, 900):

@@ -1,7 +1,7 @@
 """Writes diffnotes/assets/solver.json, the table of the sampler `calibrated`.
 
 Levels, the scale c and corrections of the weights are found by gradient descent through the exact
-denoisers of 32 synthetic laws, from the exact end of the probability flow; see chapter 35. Two hours
+denoisers of 32 synthetic laws, from the exact end of the probability flow; see chapter 35. An hour
 on one core.
 
     python tools/calibrate_solver.py            every number of steps, then the curve for more
@@ -22,7 +22,8 @@ from diffnotes.calibration import interpolation_weights
 
 ASSET = Path(__file__).parents[1] / "diffnotes" / "assets" / "solver.json"
 HEIGHTS = [157.40728081040757, 152.16697028394637, 80.0, 50.0]
-ORDER, MOST = 4, 30
+ORDER, MOST = 4, 20
+LEAST = 0.011  # the variance exploding process ends at 0.01
 
 
 class Laws:
@@ -228,7 +229,7 @@ def refined(log_levels: Tensor, steps: int) -> Tensor:
 
 def table(steps: int, before: Tensor | None, given: list) -> dict:
     """Levels, scale and corrections for a number of steps."""
-    karras = np.linspace(45 ** (1 / 7), 0.06 ** (1 / 7), steps)[1:] ** 7
+    karras = np.linspace(45 ** (1 / 7), max(0.06, 6 / steps ** 2) ** (1 / 7), steps)[1:] ** 7
     log_levels = torch.from_numpy(np.log(karras)) if before is None else refined(before, steps)
     parameters = {"log_levels": log_levels.requires_grad_(),
                   "log_c": torch.zeros(()).requires_grad_(),
@@ -240,25 +241,33 @@ def table(steps: int, before: Tensor | None, given: list) -> dict:
 
 
 def on_curve(curve: Tensor, steps: int) -> dict:
-    """The parameters that the curve (8, 2) gives a number of steps; row 0 is log c."""
+    """The parameters that the curve (8, 2) gives a number of steps; the columns are a line.
+
+    Row 0 is log c, row 1 the log of what the last level has above LEAST, the others a Chebyshev
+    series that bends the line between the lowest height and the last level.
+    """
     series = curve @ torch.tensor([1.0, math.log(steps / 40)])
-    u = torch.linspace(-1, 1, steps)[1:]
-    places = torch.from_numpy(np.polynomial.chebyshev.chebvander(u.numpy(), len(series) - 2))
-    return {"log_levels": math.log(HEIGHTS[-1]) + (u + 1) * (places @ series[1:]),
-            "log_c": series[0], "free": torch.zeros(steps, ORDER)}
+    u, top = torch.linspace(-1, 1, steps)[1:], math.log(HEIGHTS[-1])
+    places = torch.from_numpy(np.polynomial.chebyshev.chebvander(u.numpy(), len(series) - 3))
+    last = torch.log(LEAST + series[1].exp())
+    log_levels = top + (u + 1) / 2 * (last - top) + (1 - u * u) * (places @ series[2:])
+    return {"log_levels": log_levels, "log_c": series[0], "free": torch.zeros(steps, ORDER)}
 
 
 def fitted_curve(given: list) -> Tensor:
-    """Log-levels fall from the lowest height along a Chebyshev series, linear in log(steps)."""
+    """The curve, which starts as Karras's grid of rho 10."""
     columns = []
-    for steps, last in ((40, 0.006), (30, 0.008)):
-        u = np.linspace(-1, 1, steps)[1:]
-        levels = np.linspace(50 ** 0.1, last ** 0.1, steps)[1:] ** 10
-        columns.append(np.polynomial.chebyshev.chebfit(u, np.log(levels / 50) / (u + 1), 6))
-    slope = (columns[1] - columns[0]) / math.log(30 / 40)
-    curve = torch.tensor(np.column_stack([[math.log(0.6), *columns[0]], [-0.5, *slope]]))
-    counts = [31, 38, 52, 31, 38, 52, 72, 100]
-    learn([{"params": [curve.requires_grad_()], "lr": 0.01}],
+    for steps, last in ((40, 0.018), (24, 0.022)):
+        u = np.linspace(-1, 1, steps)
+        log_levels = np.log(np.linspace(50 ** 0.1, last ** 0.1, steps) ** 10)
+        bend = log_levels - np.interp(u, u[[0, -1]], log_levels[[0, -1]])
+        series = np.polynomial.chebyshev.chebfit(u[1:-1], (bend / (1 - u * u + 1e-30))[1:-1], 5)
+        log_c = math.log(0.35) - 1.3 * math.log(steps / 40)
+        columns.append([log_c, math.log(last - LEAST), *series])
+    slope = (np.array(columns[1]) - columns[0]) / math.log(24 / 40)
+    curve = torch.tensor(np.column_stack([columns[0], slope]))
+    counts = [21, 28, 38, 52, 21, 28, 38, 52, 72, 100]
+    learn([{"params": [curve.requires_grad_()], "lr": 0.007}],
           lambda i: on_curve(curve, counts[i % len(counts)]), given, iterations=400, batch=24)
     return curve.detach()
 

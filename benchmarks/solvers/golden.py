@@ -1,11 +1,10 @@
-"""What k-diffusion's and azula's samplers give on a small law, for the tests of diffnotes to read."""
+"""What k-diffusion's and azula's samplers give on a small law, for the tests to read."""
 
 import json
 from functools import partial
 
-import torch
-
 import peers
+import torch
 
 LAW = {"weights": [0.5, 0.3, 0.2], "means": [[1.0, 0.0], [-0.5, 0.8], [-0.3, -1.1]], "std": 0.3}
 SIGMAS = [20.0, 8.0, 3.5, 1.5, 0.6, 0.2, 0.05]
@@ -49,7 +48,8 @@ def write(path):
     draws = torch.randn(20, *start.shape, generator=generator, dtype=torch.float64)
     model = partial(lambda x, s: denoise(x, s[0].item()))
     ends, with_zero = {}, peers.kd.append_zero(sigmas)
-    plain = {"euler": {}, "heun": {}, "dpm_2": {}, "dpmpp_2m": {}, "dpmpp_2s_ancestral": {"eta": 0.0}}
+    plain = {name: {} for name in ("euler", "heun", "dpm_2", "dpmpp_2m")}
+    plain["dpmpp_2s_ancestral"] = {"eta": 0.0}
     for name, options in plain.items():
         run = getattr(peers.kd, f"sample_{name}")
         ends[f"k-diffusion {name}"] = run(model, start, with_zero, disable=True, **options)
@@ -61,9 +61,9 @@ def write(path):
              "dpmpp_2m_sde heun": {"solver_type": "heun"}}
     for name, options in noisy.items():
         for eta in (1.0, 0.5):
-            run = getattr(peers.kd, f"sample_{name.split()[0]}")
+            run = partial(getattr(peers.kd, f"sample_{name.split()[0]}"), eta=eta, **options)
             ends[f"k-diffusion {name}, eta {eta}"] = run(
-                model, start, with_zero, eta=eta, noise_sampler=Replay(draws), disable=True, **options)
+                model, start, with_zero, noise_sampler=Replay(draws), disable=True)
     denoiser = peers.AzulaDenoiser(denoise, Steps(sigmas))
     for name in ("zAB", "vAB", "zEAB", "xEAB"):
         for order in (1, 2, 3):

@@ -7,7 +7,8 @@ from diffnotes.processes import EDM, VE, VP, Discrete, linear_betas
 from diffnotes.samplers import nfe, sample
 from diffnotes.stepping import SAMPLERS
 
-PROCESSES = {"vp-disc": Discrete(linear_betas()), "vp-cont": VP(), "ve-edm": EDM(), "ve-song": VE()}
+PROCESSES = {"vp-disc": Discrete(linear_betas()), "vp-cont": VP(),
+             "ve-edm": EDM(), "ve-song": VE()}
 DEFAULT = "diffnotes default"
 
 

@@ -1,7 +1,8 @@
-"""Microseconds a step round a network of one multiplication: loops by hand, diffnotes and its peers.
+"""Microseconds a step round a network of one multiplication: by hand, diffnotes and its peers.
 
-One thread, the processor's seconds, 50 steps; everything that a call of the sampler does is counted, its
-coefficients too. The contestants run in turn, and a figure is the median over the rounds.
+One thread, the processor's seconds, 50 steps. Everything that a call does is counted, its
+coefficients too, but for the loops by hand, which have theirs from before. The contestants run in
+turn, and a figure is the median over the rounds.
 """
 
 import time
@@ -12,12 +13,13 @@ import azula.sample
 import diffusers
 import peers
 import torch
+from flow_matching.solver import ODESolver
+from torch import nn
+
 from diffnotes.denoisers import Denoiser
 from diffnotes.processes import VP, Discrete, linear_betas
 from diffnotes.samplers import sample
 from diffnotes.stepping import SAMPLERS, step_coefficients, time_grid
-from flow_matching.solver import ODESolver
-from torch import nn
 
 STEPS = 50
 CHAIN = Discrete(linear_betas())
@@ -31,7 +33,7 @@ class OneMultiply(nn.Module):
 
 
 def hand_made(order):
-    """A loop by hand for a network that predicts eps, in place, with the factors computed before."""
+    """A loop by hand for a network that predicts eps, in place, with its factors from before."""
     process, times = VP(), time_grid(VP(), STEPS)
     alpha, sigma = process.alpha(times), process.sigma(times)
     a, b, h = step_coefficients(process, times)
@@ -43,7 +45,8 @@ def hand_made(order):
     @torch.no_grad()
     def run(net, x_T):
         x, old = x_T.clone(), None
-        for t, a, b, c, p, q in zip(times.float()[:-1, None].repeat(1, len(x)), *columns):
+        rows = times.float()[:-1, None].repeat(1, len(x))
+        for t, a, b, c, p, q in zip(rows, *columns, strict=False):
             if order == 1:
                 eps = net(x, t)
                 x.mul_(a + b * p).add_(eps, alpha=b * q)
@@ -83,8 +86,8 @@ def azula_loop(name, net, x_T, **options):
             alpha, sigma = schedule(t)
             return azula.denoise.DiracPosterior((x_t - sigma * net(x_t, t)) / alpha)
 
-    sampler = getattr(azula.sample, f"{name}Sampler")(Network(), steps=STEPS, silent=True, **options)
-    return lambda: sampler(x_T)
+    sampler = getattr(azula.sample, f"{name}Sampler")
+    return partial(sampler(Network(), steps=STEPS, silent=True, **options), x_T)
 
 
 def contestants(net, x_T):
@@ -134,7 +137,8 @@ def table():
         hand = spent["by hand, DDIM"], spent["by hand, DPM++2M"]
         for label, base in (("euler", 0), ("ddim", 0), ("dpmpp_2m", 1)):
             if f"diffnotes {label}" in spent:
-                ratio = median(a / b for a, b in zip(spent[f"diffnotes {label}"], hand[base]))
+                both = zip(spent[f"diffnotes {label}"], hand[base], strict=True)
+                ratio = median(a / b for a, b in both)
                 rows.setdefault(f"ratio {label} to by hand", []).append(float(f"{ratio:.3g}"))
     print(f"{'microseconds a step':36}{'64x3x32x32':>12}{'1x3x8x8':>12}")
     for label, values in rows.items():

@@ -1,9 +1,9 @@
-"""Every sampler of the peers that is compared, as a function of (model, top, bottom, y, nfe) -> x0.
+"""The peers' samplers that are compared, as functions of (model, top, bottom, y, nfe) -> x0.
 
-`model(y, s)` is the exact denoiser in the common coordinates y = x / alpha, s = sigma / alpha, and counts
-its calls; `top` and `bottom` are the ends of a grid. A peer that thinks in other coordinates gets its
-inputs and outputs converted. What a peer leaves undone stays undone, except that samplers which stop at
-`bottom` also appear with one evaluation kept for a last denoising. None: impossible with so few.
+`model(y, s)` is the exact denoiser in the common coordinates y = x / alpha, s = sigma / alpha, and
+counts its calls; `top` and `bottom` are the ends of a grid. A peer with other coordinates gets its
+inputs and outputs converted. What a peer leaves undone stays undone, except that samplers which
+stop at `bottom` also appear with one evaluation kept for a last denoising.
 """
 
 import importlib
@@ -75,7 +75,7 @@ def grids(process: str) -> list[str]:
 
 
 class NormalsLike:
-    """Plain normals, in the place of k-diffusion's Brownian tree, which costs more than any network."""
+    """Plain normals, in the place of k-diffusion's Brownian tree, which is slow."""
 
     shape = (1, 1)
 
@@ -95,8 +95,8 @@ def k_diffusion(sampler, per_step, grid, model, top, bottom, y, nfe, **options):
 
 
 def dpm_fast(model, top, bottom, y, nfe):
-    y = kd.sample_dpm_fast(lambda x, s: model(x, s[0].item()), y, bottom, top, nfe - 1, disable=True)
-    return model(y, bottom)
+    run = partial(kd.sample_dpm_fast, disable=True)
+    return model(run(lambda x, s: model(x, s[0].item()), y, bottom, top, nfe - 1), bottom)
 
 
 def k_diffusion_settings(process):
@@ -194,24 +194,19 @@ def levels_of(scheduler):
     return ((1 - bar) / bar).sqrt().tolist()
 
 
-def diffusers_run(scheduler_name, per_step, options, model, top, bottom, y, nfe, generator=None):
+def diffusers_run(scheduler_name, per_step, options, model, top, bottom, y, nfe):
     """On the chain of a thousand betas, for a network that predicts the noise."""
     steps = (nfe + per_step - 1) // per_step
-    scheduler = getattr(diffusers, scheduler_name)(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **options)
+    chain = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler = getattr(diffusers, scheduler_name)(**chain, **options)
     scheduler.set_timesteps(steps)
     exploding = float(scheduler.init_noise_sigma) != 1
     x = y if exploding else y / math.sqrt(1 + top**2)
-    extra = {} if generator is None else {"generator": generator}
-    for i, (t, s) in enumerate(zip(scheduler.timesteps, levels_of(scheduler), strict=False)):
+    for t, s in zip(scheduler.timesteps, levels_of(scheduler), strict=False):
         told = scheduler.scale_model_input(x, t)
-        if s == 0:
-            break
         y = told * math.sqrt(1 + s**2)
         eps = (y - model(y, s)) / s
-        x = scheduler.step(eps, t, x, **extra).prev_sample
-        if i + 1 == len(scheduler.timesteps):
-            break
+        x = scheduler.step(eps, t, x).prev_sample
     return x
 
 

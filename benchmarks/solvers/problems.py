@@ -1,14 +1,15 @@
 """Two laws whose probability flow is known exactly, and the four processes that start from it.
 
-Everything is in the common coordinates y = x / alpha against s = sigma / alpha, where the flow of every
-process is dy/ds = (y - D(y, s)) / s: the processes are the same curves, begun at different heights.
+Everything is in the common coordinates y = x / alpha against s = sigma / alpha, where the flow of
+every process is dy/ds = (y - D(y, s)) / s: the same curves, begun at different heights.
 
     python problems.py    recomputes the ends of the flow and compares them with those stored
 
 benchmarks/problems/*.npz hold, in float64: `weights` (K,), `means` (K, d), `std` (), and in gmm64
 `directions` (K, d, r), orthonormal, with `variances` (K, r); component k has covariance
-std^2 I + directions diag(variances) directions^T. `xbar_vp_disc` (2000, d) are points at s = 157.4 and
-`x0` where the flow takes them. The starts of the other processes lie on the same curves.
+std^2 I + directions diag(variances) directions^T. `xbar_vp_disc` (2000, d) are points at
+s = 157.4 and `x0` where the flow takes them. The starts of the other processes lie on the same
+curves.
 """
 
 import math
@@ -19,8 +20,8 @@ import torch
 
 FOLDER = Path(__file__).parent.parent / "problems"
 PROBLEMS = ("ring2d", "gmm64")
-# Where s = sigma / alpha begins and where a grid may end. The chain of a thousand betas from 1e-4 to
-# 0.02; VP with beta from 0.1 to 20 at t = 1 and t = 0.001; Karras et al.; Song et al.
+# Where s = sigma / alpha begins and where a grid may end: the chain of a thousand betas from 1e-4
+# to 0.02; VP with beta from 0.1 to 20 at t = 1 and t = 0.001; Karras et al.; Song et al.
 HEIGHTS = {
     "vp-disc": (157.40728081040757, math.sqrt(1e-4 / (1 - 1e-4))),
     "vp-cont": (152.16697028394637, math.sqrt(math.expm1(0.1e-3 + 19.9e-6 / 2))),
@@ -33,28 +34,31 @@ class Problem:
     """A mixture of Gaussians, its exact denoiser, and the ends of 2000 curves of its flow."""
 
     def __init__(self, name: str):
-        data = {key: torch.as_tensor(value) for key, value in np.load(FOLDER / f"{name}.npz").items()}
+        arrays = np.load(FOLDER / f"{name}.npz").items()
+        data = {key: torch.as_tensor(value) for key, value in arrays}
         self.name, self.means, self.weights = name, data["means"], data["weights"]
         self.var, (n_parts, self.dim) = data["std"] ** 2, self.means.shape
         self.directions = data.get("directions", torch.zeros(n_parts, self.dim, 0).double())
         self.variances = data.get("variances", torch.zeros(n_parts, 0).double())
         self.x0, self.top = data["x0"], data["xbar_vp_disc"]
-        self.flat = self.directions.permute(1, 0, 2).reshape(self.dim, -1)
-        self.offset = torch.einsum("kd,kdr->kr", self.means, self.directions)
+        flat = self.directions.permute(1, 0, 2).reshape(self.dim, -1)  # (d, K r)
+        self.flat, self.parts = flat, torch.eye(n_parts).double().repeat_interleave(
+            flat.shape[1] // n_parts, 0)  # (K r, K): which direction belongs to which component
+        self.offset = torch.einsum("kd,kdr->kr", self.means, self.directions).flatten()
+        self.all = torch.cat([flat, self.means.T], 1)
 
     def denoise(self, y: torch.Tensor, s: float) -> torch.Tensor:
         """The mean of x0 given y = x0 + s z, exactly."""
-        rest = self.var + s**2
-        along = (y @ self.flat).view(len(y), *self.variances.shape) - self.offset
-        square = (y**2).sum(1, keepdim=True) - 2 * y @ self.means.T + (self.means**2).sum(1)
-        spread = self.variances + rest
-        log_p = self.weights.log() - spread.log().sum(1) / 2 - square / rest / 2
-        log_p -= (self.dim - self.variances.shape[1]) * rest.log() / 2
-        log_p += ((1 / rest - 1 / spread) * along**2).sum(2) / 2
-        share = log_p.softmax(1)
-        kept = self.var / rest
-        more = ((self.variances + self.var) / spread - kept) * along * share[:, :, None]
-        return kept * y + (1 - kept) * share @ self.means + more.flatten(1) @ self.flat.T
+        rest, n = self.var + s**2, self.flat.shape[1]
+        spread, dots = self.variances + rest, y @ self.all
+        along, kept = dots[:, :n] - self.offset, self.var / rest
+        square = (y * y).sum(1, keepdim=True) - 2 * dots[:, n:] + (self.means**2).sum(1)
+        square = square / rest - along**2 @ ((1 / rest - 1 / spread).view(-1, 1) * self.parts)
+        size = spread.log().sum(1) + (self.dim - spread.shape[1]) * rest.log()
+        share = (self.weights.log() - size / 2 - square / 2).softmax(1)
+        gain = ((self.variances + self.var) / spread - kept).flatten()
+        more = along * (share @ (gain[:, None] * self.parts).T)
+        return kept * y + (1 - kept) * (share @ self.means) + more @ self.flat.T
 
     def flow(self, y: torch.Tensor, s: float, end: float, steps: int) -> torch.Tensor:
         """Runge and Kutta's method of order four in log s."""
