@@ -78,7 +78,7 @@ def interpolation_weights(r: Tensor, c: float | Tensor, order: int = 4) -> Tenso
         rows = torch.where(wild, lower, rows)
     return rows
 
-# %% ../nbs/35_calibration.ipynb #34a21afd
+# %% ../nbs/35_calibration.ipynb #7ac8e8ca
 @cache
 def _tables() -> dict:
     """What calibration found: levels below the first, scale of the variable, corrections."""
@@ -92,7 +92,7 @@ def _entry(steps: int) -> tuple[Tensor, float, Tensor]:
         levels, free = (torch.tensor(table[name][steps - 1], dtype=torch.float64)
                         for name in ("levels", "corrections"))
         return levels, table["c"][steps - 1], torch.cat([-free.sum(1, keepdim=True), free], dim=1)
-    log_c, above, *bend = (np.array(table["curve"]) @ [1, np.log(min(steps, 200) / 40)]).tolist()
+    log_c, above, *bend = (np.array(table["curve"]) @ [1, np.log(min(steps, 100) / 40)]).tolist()
     u, top, last = np.linspace(-1, 1, steps)[1:], np.log(50), np.log(0.011 + np.exp(above))
     bent = (1 - u * u) * np.polynomial.chebyshev.chebval(u, bend)
     levels = torch.from_numpy(np.exp(top + (u + 1) / 2 * (last - top) + bent))

@@ -359,8 +359,8 @@ def singlestep_table(process: Process, fine: Sequence[float] | Tensor, order: in
     Reference:
         Lu et al. (2022), DPM-Solver, algorithms 1 and 2; eq-exp-2s, eq-exp-3s, eq-exp-inside.
     """
-    _prepared(process, [0.5], order, coordinate, rule)
     fine = torch.as_tensor(fine, dtype=torch.float64)
+    _prepared(process, fine[:1], order, coordinate, rule)
     if len(fine) % order != 1 % order:
         raise ValueError(f"singlestep order {order} needs {order} K + 1 times for K steps, see "
                          f"refine; got {len(fine)}")
