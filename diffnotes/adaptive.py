@@ -71,15 +71,15 @@ def doubled(pair: Pair) -> Pair:
     def row(*parts: tuple) -> list[float]:
         out = [0.0] * (3 * s - 1)
         for places, weights, factor in parts:
-            for i, weight in zip(places, weights):
+            for i, weight in zip(places, weights, strict=False):
                 out[i] += factor * weight
         return out
     rows = [row((full, r, 1.0)) for r in pair.a] + [row((half, r, 0.5)) for r in pair.a[1:]]
     rows += [row((half, pair.b, 0.5), (rest, r, 0.5)) for r in pair.a]
     one, two = row((full, pair.b, 1.0)), row((half, pair.b, 0.5), (rest, pair.b, 0.5))
-    error = tuple((y - x) / (2**pair.order - 1) for x, y in zip(one, two))
+    error = tuple((y - x) / (2**pair.order - 1) for x, y in zip(one, two, strict=True))
     return Pair(tuple(tuple(r[:i]) for i, r in enumerate(rows)),
-                tuple(y + e for y, e in zip(two, error)), error, pair.order + 1)
+                tuple(y + e for y, e in zip(two, error, strict=True)), error, pair.order + 1)
 
 # %% ../nbs/33_adaptive.ipynb #1dd9460c
 _EULER = Pair(((),), (1.0,), (0.0,), 1)
@@ -217,15 +217,15 @@ class _Flow(_Scheme):
 
         def state(at: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
             t, sigma_at = self.axis(at)
-            moved = sum(b * D_j for b, D_j in zip(weights, told) if b)
+            moved = sum(b * D_j for b, D_j in zip(weights, told, strict=False) if b)
             return _times(sigma_at / sigma, x) + _times(sigma_at * dw, moved), t, sigma_at
 
-        for row, c in zip(self.pair.a[1:], self.pair.nodes[1:]):
+        for row, c in zip(self.pair.a[1:], self.pair.nodes[1:], strict=False):
             x_i, t_i, _ = state(goal if math.isclose(c, 1) else w + c * dw, row)
             told.append(self.ask(x_i, t_i, rows))
         new, _, sigma_s = state(goal, self.pair.b)
         size, size_s = (torch.sqrt(1 + at**2) for at in (w, goal))
-        error = _times(dw / size_s, sum(e * D_j for e, D_j in zip(self.pair.error, told)))
+        error = _times(dw / size_s, sum(e * D_j for e, D_j in zip(self.pair.error, told, strict=False)))
         scaled = _times(1 / (sigma * size), x), _times(1 / (sigma_s * size_s), new)
         last = told[-1] if self.pair.ends_in_result else None
         return new, last, _ratio(error, *scaled, self.tolerances)

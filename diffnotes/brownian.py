@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .adaptive import Solved, _Axis, _March, _ratio, _Scheme, _started, _times, _unknown
-from .checks import expand, require_floating, require_positive_int
+from .checks import require_floating, require_positive_int
 from .denoisers import Denoiser
 from .processes import Process
 from .stepping import as_times, register
@@ -231,7 +231,7 @@ def path_noise(path: BrownianPath, process: Process,
     """
     times = as_times(process, times)
     q = (process.alpha(times) / process.sigma(times)) ** 2
-    steps = iter(zip(q[:-1].tolist(), q[1:].tolist()))
+    steps = iter(zip(q[:-1].tolist(), q[1:].tolist(), strict=True))
 
     def noise(x: Tensor) -> Tensor:
         a, b = next(steps, (None, None))

@@ -133,7 +133,7 @@ def treated(denoiser: Denoiser, treat: Callable[[Tensor], Tensor]) -> Denoiser:
 # %% ../nbs/30_ddim.ipynb #2ea19b35
 def _indices(T: int, steps: int, kind: str, offset: int) -> np.ndarray:
     """The indices 0 .. T - 1 of a chain's steps that a published spacing visits, noise first."""
-    if steps > T:
+    if T < steps:
         raise ValueError(f"steps must be at most the chain's {T}, got {steps}")
     if kind == "leading":
         highest = (steps - 1) * (T // steps) + offset

@@ -42,7 +42,8 @@ def test_increments_add_up_in_any_order():
     answers = []
     for order in (1, -1):
         path = BrownianPath(even(), torch.zeros(9, 4, 2, dtype=torch.float64), seed=1)
-        pieces = [path(a, b) for a, b in list(zip(places, places[1:]))[::order]][::order]
+        pairs = list(zip(places, places[1:], strict=False))[::order]
+        pieces = [path(a, b) for a, b in pairs][::order]
         answers.append(torch.stack(pieces))
         torch.testing.assert_close(answers[-1].sum(0), path(0.0, 2.0))
     torch.testing.assert_close(*answers)
@@ -71,7 +72,7 @@ def test_moments_are_those_of_brownian_motion():
     n = 40_000
     path = BrownianPath(even(4), torch.zeros(n, 1, dtype=torch.float64), seed=5)
     places = f64([0.0, 0.03, 0.25, 0.4, 1.0, 1.01, 1.9, 2.0])
-    w = torch.cat([path(a, b) for a, b in zip(places[:-1], places[1:])], 1).cumsum(1)
+    w = torch.cat([path(a, b) for a, b in zip(places[:-1], places[1:], strict=True)], 1).cumsum(1)
     wanted = torch.minimum(places[1:, None], places[1:])
     found = w.T @ w / n
     size = (wanted.diagonal()[:, None] * wanted.diagonal() + wanted**2) / n
