@@ -305,7 +305,7 @@ def _columns(labels: Tensor | None) -> int | None:
     return kinds if 1 < kinds <= 20 else None
 
 # %% ../nbs/91_cli.ipynb #54eccc17
-def evaluate(model: str, /, *, data: str | None = None, n: int = 1000, sampler: str = _SAMPLER,
+def evaluate(model: str, /, *, data: str | None = None, n: int = 1000, sampler: str = "heun",
              steps: int | None = None, guidance: float = 1.0, bits: int = 0, seed: int = 0,
              batch_size: int = 250, out: Path | None = None, device: str = "auto",
              force: bool = False) -> str:

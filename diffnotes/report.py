@@ -392,7 +392,7 @@ def _bits(denoiser: Denoiser, train: _Set, held_out: _Set | None, levels: Levels
 
 # %% ../nbs/29_report.ipynb #ae94b5d5
 def evaluate(denoiser: Denoiser, data: Any = None, *, n: int = 1000, features: Any = None,
-             classifier: Any = None, conditional: bool | None = None, sampler: Any = "calibrated",
+             classifier: Any = None, conditional: bool | None = None, sampler: Any = "heun",
              steps: int | None = None, guidance: float = 1.0, seed: int = 0,
              bits: bool | int = False, levels: Levels | None = None, batch_size: int = 250,
              progress: bool = False) -> Report:

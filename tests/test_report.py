@@ -80,7 +80,7 @@ def test_about_says_what_was_done(honest):
     assert about["held-out images"] == 120 and about["evaluations"] == 59
     assert about["features"].startswith("raw pixels")
     assert about["classifier"].startswith("label of the nearest")
-    assert about["sampler"] == "calibrated" and about["guidance"] == 1.0 and about["seed"] == 0
+    assert about["sampler"] == "heun" and about["guidance"] == 1.0 and about["seed"] == 0
 
 
 def test_it_prints_and_is_json(honest):
