@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from itertools import product
+from itertools import combinations, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -78,21 +78,24 @@ def sliced(x, y, directions):
 
 
 def noise_of(case):
-    """Sliced distance of samples to an exact sample, and between exact samples: the floor."""
+    """Mean sliced distance of 8000 samples to exact ones, and between exact ones: the floor."""
     torch.set_num_threads(1)
     name, process = case
     problem, generator = Problem(name), torch.Generator().manual_seed(1)
     directions = torch.randn(problem.dim, 100, generator=generator, dtype=torch.float64)
     directions /= directions.norm(dim=0)
-    exact = [problem.sample(2000, generator) for _ in range(21)]
-    floor = torch.tensor([sliced(exact[0], x, directions) for x in exact[2:]])
-    draw = torch.randn(exact[1].shape, generator=generator, dtype=torch.float64)
-    start = exact[1] + HEIGHTS[process][0] * draw
+    clean, *exact = [problem.sample(8000, generator) for _ in range(9)]
+    floor = torch.tensor([sliced(x, y, directions) for x, y in combinations(exact, 2)])
+    draw = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+    start = clean + HEIGHTS[process][0] * draw
     rows = {}
+
+    def judge(x):
+        return sum(sliced(x, y, directions) for y in exact[:4]) / 4
+
     for label, run in contestants(process, noisy=True).items():
         torch.manual_seed(2)
-        rows[label] = [measured(run, problem, start, budget,
-                                lambda x: sliced(x, exact[0], directions)) for budget in BUDGETS]
+        rows[label] = [measured(run, problem, start, budget, judge) for budget in BUDGETS]
     return {"floor": [round(floor.mean().item(), 4), round(floor.std().item(), 4)], "rows": rows}
 
 
