@@ -355,7 +355,8 @@ def nfe(sampler: str | Callable | Sampler = "calibrated", steps: int | None = No
 
     Raises:
         TypeError: ``steps`` is not an int.
-        ValueError: unknown sampler, or ``steps`` less than 1 or more than the chain has points.
+        ValueError: unknown sampler, or ``steps`` less than 1 or more than the chain has points; an
+            adaptive sampler, which tells the number after its run.
     """
     entry = _entry(sampler)
     if process is not None:
