@@ -225,7 +225,8 @@ class _Flow(_Scheme):
             told.append(self.ask(x_i, t_i, rows))
         new, _, sigma_s = state(goal, self.pair.b)
         size, size_s = (torch.sqrt(1 + at**2) for at in (w, goal))
-        error = _times(dw / size_s, sum(e * D_j for e, D_j in zip(self.pair.error, told, strict=False)))
+        miss = sum(e * D_j for e, D_j in zip(self.pair.error, told, strict=False))
+        error = _times(dw / size_s, miss)
         scaled = _times(1 / (sigma * size), x), _times(1 / (sigma_s * size_s), new)
         last = told[-1] if self.pair.ends_in_result else None
         return new, last, _ratio(error, *scaled, self.tolerances)

@@ -137,7 +137,7 @@ def _indices(T: int, steps: int, kind: str, offset: int) -> np.ndarray:
         raise ValueError(f"steps must be at most the chain's {T}, got {steps}")
     if kind == "leading":
         highest = (steps - 1) * (T // steps) + offset
-        if not 0 <= offset or highest >= T:
+        if not 0 <= offset or T <= highest:
             raise ValueError(f"offset must keep {steps} steps inside 0 .. {T - 1}, got {offset}")
         return np.arange(steps)[::-1] * (T // steps) + offset
     if kind == "trailing":
