@@ -209,7 +209,9 @@ def anatomy(path, cells):
     """Keep an unfinished chapter out of _toc.yml; a finished one has all of its parts."""
     if not chapter(path):
         return
-    if not cells[0].source.startswith("#| default_exp ") or cells[0].tags != {"remove-cell"}:
+    if path.stem == "34_shootout":  # it measures what the others export
+        cells = [cells[0], *cells]
+    elif not cells[0].source.startswith("#| default_exp ") or cells[0].tags != {"remove-cell"}:
         yield cells[0], "the first cell is `#| default_exp name`, tagged remove-cell"
     if not re.match(r"# .+\n\n> .+(\n\n|$)", cells[1].source):
         yield cells[1], "the second cell is `# Title`, a blank line, `> subtitle of one line`"
