@@ -170,7 +170,7 @@ def require_finite(name: str, x: Any) -> Tensor:
         ValueError: ``x``, on a CPU, has an entry that is not finite.
     """
     if require_floating(name, x).device.type == "cpu" and not (
-            math.isfinite(x.sum()) or x.isfinite().all()):
+            math.isfinite(x.detach().sum()) or x.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {x[~x.isfinite()][0].item()}")
     return x
 
