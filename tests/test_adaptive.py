@@ -120,9 +120,10 @@ def test_the_account_is_true(law, pair, together):
             assert x_t.shape[0] == len(t)
             return super().__call__(x_t, t, cond)
 
-    runs, seen = [], []
-    adaptive_flow(Counting(exact.net, VP(), "x0"), torch.randn(9, 3, dtype=torch.float64),
-                  [1, 1e-3], pair=pair, together=together, record=runs.append, atol=1e-5, rtol=0,
+    runs, seen, g = [], [], torch.Generator().manual_seed(0)
+    x_T = torch.randn(9, 3, dtype=torch.float64, generator=g)
+    adaptive_flow(Counting(exact.net, VP(), "x0"), x_T, [1, 1e-3], pair=pair, together=together,
+                  record=runs.append, atol=1e-4, rtol=0,
                   callback=lambda i, t, x, x0: seen.append((i, t.clone(), x, x0)))
     run, extra = runs[0], not PAIRS[pair].ends_in_result
     assert sum(asked) == run.evaluations.sum()
