@@ -43,7 +43,7 @@ def _averaged(r: Tensor, c: Tensor, order: int) -> Tensor:
     basis = torch.where(pairs, factors, 1.0).prod(dim=-1)  # (Q, N, k)
     return torch.einsum("q,qnk->nk", _MASS, basis) * known
 
-# %% ../nbs/35_calibration.ipynb #655b42de
+# %% ../nbs/35_calibration.ipynb #ac6130bf
 def interpolation_weights(r: Tensor, c: float | Tensor, order: int = 4) -> Tensor:
     """Returns the weights of past x0_hat in each step of y = x / alpha, and in the result.
 
@@ -63,14 +63,17 @@ def interpolation_weights(r: Tensor, c: float | Tensor, order: int = 4) -> Tenso
 
     Raises:
         TypeError: ``order`` is not an int.
-        ValueError: ``r`` does not decrease, or a number is not positive.
+        ValueError: ``r`` does not decrease, or a number is not positive and finite.
 
     Reference:
         eq-cal-weights, eq-cal-end.
     """
-    c, order = torch.as_tensor(c, dtype=torch.float64), require_positive_int("order", order)
-    if not (c > 0 and (r > 0).all() and (r.diff() < 0).all()):
-        raise ValueError(f"r must decrease and, like c, be positive; got {r.tolist()}, c = {c:g}")
+    r, c = (torch.as_tensor(a, dtype=torch.float64) for a in (r, c))
+    order = require_positive_int("order", order)
+    finite = 0 < c < torch.inf and ((r > 0) & r.isfinite()).all()
+    if not (finite and (r.diff() < 0).all()):
+        raise ValueError("r must decrease and, like c, be positive and finite; "
+                         f"got {r.tolist()}, c = {c:g}")
     rows, limit = _averaged(r, c, order), torch.full((len(r), 1), 16.0)
     limit[-1] = 100
     for k in range(order - 1, 0, -1):
@@ -138,7 +141,15 @@ def calibrated_times(process: Process, steps: int, scale: float = 1.0) -> Tensor
     times = ends[:steps]
     return _on_chain(times, process.n_steps) if isinstance(process, Discrete) else times
 
-# %% ../nbs/35_calibration.ipynb #8ac5a649
+# %% ../nbs/35_calibration.ipynb #612a7acb
+def _is_own(process: Process, times: Tensor, scale: float) -> bool:
+    """Says whether the times are those of the table; a chain may have fewer points than they."""
+    chain = isinstance(process, Discrete)
+    if chain and len(times) > round((1 - process.t_min) * process.n_steps) + 1:
+        return False
+    return torch.equal(times, calibrated_times(process, len(times), scale))
+
+
 @_remembered
 def _rows(process: Process, times: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Factors of the state ``(N,)`` and of x0_hat ``(N, 4)``, the last row for the result."""
@@ -147,7 +158,7 @@ def _rows(process: Process, times: Tensor, scale: float) -> tuple[Tensor, Tensor
         r = torch.cat([r[:1].clamp(max=max(160.0 * scale, 2 * r[1].item())), r[1:]])
     elif r.isinf().any():
         r = torch.ones_like(r)
-    if torch.equal(times, calibrated_times(process, len(times), scale)):
+    if _is_own(process, times, scale):
         _, c, correction = _entry(len(times))
         weights = interpolation_weights(r, c * scale) + correction
     else:

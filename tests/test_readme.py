@@ -1,5 +1,6 @@
 """The README's examples run as printed and do what their comments say; its links hold."""
 
+import json
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -80,3 +81,14 @@ def test_citation_has_the_version():
     version = parser["DEFAULT"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf8")
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+
+
+def test_the_comparison_is_the_one_that_was_measured():
+    found = json.loads((ROOT / "nbs" / "shootout.json").read_text(encoding="utf8"))["accuracy"]
+    wins = cells = 0
+    for rows in found["tables"].values():
+        theirs = [row for label, row in rows.items() if not label.startswith("diffnotes")]
+        assert 60 <= len(theirs) <= 90
+        for ours, *others in zip(rows["diffnotes default"], *theirs, strict=True):
+            wins, cells = wins + (ours <= min(filter(None, others))), cells + 1
+    assert f"in {wins} of {cells} cells" in README

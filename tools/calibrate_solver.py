@@ -1,8 +1,7 @@
 """Writes diffnotes/assets/solver.json, the table of the sampler `calibrated`.
 
 Levels, the scale c and corrections of the weights are found by gradient descent through the exact
-denoisers of 32 synthetic laws, from the exact end of the probability flow; see chapter 35. An hour
-on one core.
+denoisers of 32 synthetic laws, from the exact end of the probability flow; see chapter 35.
 
     python tools/calibrate_solver.py            every number of steps, then the curve for more
     python tools/calibrate_solver.py 5 8        these numbers of steps
