@@ -118,7 +118,7 @@ def treated(denoiser: Denoiser, treat: Callable[[Tensor], Tensor]) -> Denoiser:
         A denoiser on the same process.
 
     Raises:
-        TypeError: ``denoiser`` is no ``Denoiser``.
+        TypeError: ``denoiser`` is no ``Denoiser``, or ``treat`` no function.
 
     Reference:
         Ho, Jain and Abbeel (2020), published code; Saharia et al. (2022), section 2.3, for a
@@ -126,6 +126,8 @@ def treated(denoiser: Denoiser, treat: Callable[[Tensor], Tensor]) -> Denoiser:
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"needs a Denoiser(net, process), got {type(denoiser).__name__}")
+    if not callable(treat):
+        raise TypeError(f"treat must be a function of x0_hat, got {treat!r}")
     net = _Treated(denoiser, treat)
     return Denoiser(net if isinstance(denoiser.net, nn.Module) else net.forward, denoiser.process,
                     "x0", denoiser.shape, device=denoiser.device, dtype=denoiser.dtype)
@@ -260,15 +262,20 @@ def slerp(x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
         ``(B, *D)``.
 
     Raises:
-        ValueError: shapes that disagree.
+        TypeError: ``x`` or ``y`` is not a floating-point tensor.
+        ValueError: shapes that disagree; on the CPU also what is not finite, and opposite states.
 
     Reference:
         Shoemake (1985); Song, Meng and Ermon (2021), section 5.3; eq-ddim-slerp.
     """
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {tuple(x.shape)}, {tuple(y.shape)}")
-    weight = expand(torch.as_tensor(weight, dtype=x.dtype, device=x.device), x)
+    require_finite("x", x), require_finite("y", y)
+    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    weight = expand(require_finite("weight", weight), x)
     cosine = torch.cosine_similarity(*(state[..., None].flatten(1) for state in (x, y)))
+    if cosine.device.type == "cpu" and (cosine < 1e-6 - 1).any():
+        raise ValueError("x and y must not be opposite: no arc between them is the shortest")
     angle = expand(cosine.clamp(-1, 1).acos(), x) / math.pi
     arc = torch.sinc(angle)
     return ((1 - weight) * torch.sinc((1 - weight) * angle) * x

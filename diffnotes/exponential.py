@@ -35,10 +35,14 @@ def phi(count: int, z: Tensor) -> Tensor:
     Returns:
         ``(count, *z.shape)``, to about 1e-14 of each value for count up to 4.
 
+    Raises:
+        TypeError: ``count`` is not an int.
+        ValueError: ``count`` is less than 1.
+
     Reference:
         Hochbruck and Ostermann (2010), section 2; eq-exp-phi, eq-exp-recursion.
     """
-    near = z.abs() < 1
+    count, near = require_positive_int("count", count), z.abs() < 1
     small, large = torch.where(near, z, 0.0), torch.where(near, 1.0, z)
     terms = torch.tensor([1 / math.factorial(n + count) for n in range(18)], dtype=z.dtype)
     low, high = [small[..., None] ** torch.arange(18) @ terms], [torch.expm1(large) / large]

@@ -469,7 +469,7 @@ def test_a_callable_with_a_process_is_enough(law):
 @pytest.mark.parametrize("shape", [(5,), (5, 2), (5, 1, 8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slerp(shape, dtype):
-    x, y = normal(*shape).to(dtype) + 2, normal(*shape, seed=1).to(dtype) + 2
+    x, y = (normal(*shape, seed=seed).to(dtype).abs() + 0.1 for seed in (0, 1))
     tight = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps * 8}
     torch.testing.assert_close(ddim.slerp(x, y, 0.0), x, **tight)
     torch.testing.assert_close(ddim.slerp(x, y, 1.0), y, **tight)
@@ -479,7 +479,10 @@ def test_slerp(shape, dtype):
     for j, w in enumerate(weights.tolist()):
         torch.testing.assert_close(ddim.slerp(x, y, w)[j], together[j], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ddim.slerp(x, x, 0.3), x, **tight)
-    assert ddim.slerp(x, -x, 0.3).isfinite().all()
+    with pytest.raises(ValueError, match="opposite"):
+        ddim.slerp(x, -x, 0.3)
+    with pytest.raises(ValueError, match="weight must be finite"):
+        ddim.slerp(x, y, math.nan)
 
 
 def test_slerp_keeps_to_the_circle():
@@ -527,3 +530,8 @@ def test_heun_and_ddim_agree_in_the_limit(law):
     gaps = [(ddim.ddim_sampler(law.denoiser(VP()), x_T, time_grid(VP(), n)) - fine).abs().max()
             for n in (100, 200)]
     assert 1.7 < gaps[0] / gaps[1] < 2.3
+
+
+def test_treated_wants_a_function():
+    with pytest.raises(TypeError, match="treat must be a function"):
+        ddim.treated(GaussianMixture(f64([[0.0]]), 1.0).denoiser(VP()), 3)

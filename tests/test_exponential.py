@@ -325,6 +325,8 @@ def test_phi_of_any_shape():
     assert found.shape == (4, 2, 2)
     torch.testing.assert_close(found[:, 0, 0], 1 / torch.tensor([1.0, 2, 6, 24]).double())
     assert phi(1, torch.tensor(-800.0, dtype=torch.float64)).item() == 1 / 800
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        phi(0, z)
 
 
 # --- Behaviour ----------------------------------------------------------------
